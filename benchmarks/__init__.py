@@ -1,0 +1,1 @@
+"""Speed against the machine and against peers, and recipes for published figures. Not installed with the package."""

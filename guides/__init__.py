@@ -1,0 +1,7 @@
+"""Variational posteriors as Pyro guides, imported as ``pyrovae.guides``."""
+
+from __future__ import annotations
+
+from pyrovae.guides.amortized import AmortizedNormal
+
+__all__ = ["AmortizedNormal"]

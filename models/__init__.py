@@ -1,0 +1,7 @@
+"""Generative models as Pyro modules, imported as ``pyrovae.models``."""
+
+from __future__ import annotations
+
+from pyrovae.models.vae import VAE
+
+__all__ = ["VAE"]

@@ -1,0 +1,173 @@
+"""The networks that packaged models and guides are made of; batch-polymorphic on the left."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyrovae.errors import ArgumentError, unknown_name
+
+__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "mlp"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "tanh") -> nn.Sequential:
+    """A fully connected network with Glorot-uniform weights (He-uniform under relu) and zero biases.
+
+    Args:
+        inputs: number of input features.
+        hidden: widths of the hidden layers; empty for a linear map.
+        outputs: number of output features.
+        activation: name of the activation after each hidden layer, one of ``ACTIVATIONS``.
+
+    Returns:
+        A module from `*batch x inputs` to `*batch x outputs`.
+
+    Raises:
+        ArgumentError: unknown activation, or a width below 1.
+
+    Example:
+        >>> mlp(4, [8], 2)(torch.zeros(5, 3, 4)).shape
+        torch.Size([5, 3, 2])
+    """
+    if activation not in ACTIVATIONS:
+        raise unknown_name("activation", activation, ACTIVATIONS)
+    if any(not isinstance(width, int) or width < 1 for width in hidden):
+        raise ArgumentError(f"hidden is {tuple(hidden)!r}; it must hold whole numbers, at least 1 each")
+    widths = [inputs, *hidden, outputs]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+    return initialize(nn.Sequential(*layers[:-1]), activation)
+
+
+def initialize(network: nn.Sequential, activation: str) -> nn.Sequential:
+    """Glorot-uniform weights (He-uniform under rectifiers), zero biases; the last layer keeps gain 1."""
+    weighted = [layer for layer in network if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for layer in weighted:
+        rectified = activation.endswith("relu") and layer is not weighted[-1]
+        nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(2.0) if rectified else 1.0)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return network
+
+
+class _LeftBatch(nn.Module):
+    """Runs a network that takes one batch dimension on inputs that have any number of them."""
+
+    def __init__(self, network: nn.Sequential, event_dim: int) -> None:
+        super().__init__()
+        self.network = network
+        self.event_dim = event_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[: x.dim() - self.event_dim]
+        out = self.network(x.reshape(-1, *x.shape[x.dim() - self.event_dim :]))
+        return out.reshape(*batch, *out.shape[1:])
+
+
+class ConvEncoder(_LeftBatch):
+    """Convolutions of stride 2, then a fully connected head: `*batch x C x H x W` to `*batch x outputs`.
+
+    Args:
+        image_shape: channels, height and width.
+        channels: output channels of each convolution; each halves height and width.
+        hidden: widths of the fully connected layers after the convolutions.
+        outputs: number of output features.
+        activation: name of the activation, one of ``ACTIVATIONS``.
+
+    Example:
+        >>> ConvEncoder((1, 8, 8), (4, 8), (16,), 6, "relu")(torch.zeros(3, 5, 1, 8, 8)).shape
+        torch.Size([3, 5, 6])
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        channels: Sequence[int],
+        hidden: Sequence[int],
+        outputs: int,
+        activation: str,
+    ) -> None:
+        sizes = _pyramid(image_shape, channels)
+        layers: list[nn.Module] = []
+        for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
+        head = mlp(channels[-1] * sizes[-1][0] * sizes[-1][1], hidden, outputs, activation)
+        super().__init__(
+            nn.Sequential(*initialize(nn.Sequential(*layers), activation), nn.Flatten(), *head), event_dim=3
+        )
+
+
+class ConvDecoder(_LeftBatch):
+    """A fully connected head, then upsampling and convolutions: `*batch x inputs` to `*batch x outputs x H x W`.
+
+    Nearest-neighbour upsampling before each convolution reaches every size exactly and leaves no checkerboard
+    (Odena et al. 2016, https://doi.org/10.23915/distill.00003).
+
+    Args:
+        inputs: number of input features.
+        hidden: widths of the fully connected layers before the convolutions.
+        channels: channels from the coarsest level to the finest.
+        image_shape: channels, height and width of the image; the channels are ignored.
+        outputs: output channels.
+        activation: name of the activation, one of ``ACTIVATIONS``.
+
+    Example:
+        >>> ConvDecoder(6, (16,), (8, 4), (1, 7, 9), 2, "relu")(torch.zeros(3, 5, 6)).shape
+        torch.Size([3, 5, 2, 7, 9])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        channels: Sequence[int],
+        image_shape: tuple[int, int, int],
+        outputs: int,
+        activation: str,
+    ) -> None:
+        sizes = _pyramid(image_shape, channels)
+        height, width = sizes[-1]
+        head = mlp(inputs, hidden, channels[0] * height * width, activation)
+        layers: list[nn.Module] = [*head, ACTIVATIONS[activation](), nn.Unflatten(1, (channels[0], height, width))]
+        convolutions: list[nn.Module] = []
+        for size, before, after in zip(reversed(sizes[:-1]), channels, [*channels[1:], outputs], strict=True):
+            convolutions += [
+                nn.Upsample(size=size),
+                nn.Conv2d(before, after, 3, padding=1),
+                ACTIVATIONS[activation](),
+            ]
+        super().__init__(
+            nn.Sequential(*layers, *initialize(nn.Sequential(*convolutions[:-1]), activation)), event_dim=1
+        )
+
+
+def _pyramid(image_shape: tuple[int, int, int], channels: Sequence[int]) -> list[tuple[int, int]]:
+    """Heights and widths from the image down to the coarsest level."""
+    if not channels or any(not isinstance(c, int) or c < 1 for c in channels):
+        raise ArgumentError(f"channels is {tuple(channels)!r}; a convolutional network needs whole numbers, at least 1")
+    sizes = [(image_shape[1], image_shape[2])]
+    for _ in channels:
+        height, width = sizes[-1]
+        sizes.append((math.ceil(height / 2), math.ceil(width / 2)))
+    return sizes
+
+
+def full_precision(out: Tensor) -> Tensor:
+    """Network outputs that autocast left in 16 bits, back in float32, so that log-densities are summed there."""
+    return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out

@@ -1,0 +1,185 @@
+"""The deep latent-Gaussian model: the generative half of a variational autoencoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+
+from pyrovae.errors import ArgumentError, DataError, unknown_name
+from pyrovae.models.likelihoods import LIKELIHOODS
+from pyrovae.models.networks import ACTIVATIONS, ConvDecoder, full_precision, mlp
+from pyrovae.registry import MODELS
+
+__all__ = ["VAE"]
+
+
+@MODELS.register
+class VAE(PyroModule):
+    r"""Latent-Gaussian model of independent data points, with a network from the latent to the likelihood.
+
+    .. math:: z_n \sim \mathcal{N}(\mu, \mathrm{diag}\,\sigma^2), \qquad x_{n} \mid z_n \sim p(x \mid g_\theta(z_n))
+
+    The elements of a data point are independent given the latent. ``forward(x)`` conditions on a batch
+    `n x *data_shape`; ``forward(size=n)`` generates one.
+
+    Args:
+        data_shape: shape of one data point: ``(28, 28)``, ``(3, 32, 32)``, ``(7,)``, ….
+        latent_dim: number of latent dimensions.
+        hidden: widths of the fully connected hidden layers of the decoder, from the latent to the data (the
+            guide's encoder mirrors them).
+        activation: ``"tanh"``, ``"relu"``, ``"gelu"``, ``"silu"``, ….
+        likelihood: ``"bernoulli"`` (data 0 or 1), ``"continuous-bernoulli"`` (data in [0, 1]), ``"normal"`` (real
+            data; one learnable standard deviation for all elements), ``"categorical-256"`` (8-bit intensities
+            k/255).
+        prior: ``"standard"`` for N(0, I), or ``"learnable"`` for N(μ, diag σ²) with both as parameters.
+        network: ``"mlp"``, or ``"conv"`` for images ``(H, W)`` or ``(C, H, W)``.
+        channels: of the convolutions, from the coarsest level to the finest (the encoder mirrors them).
+
+    Raises:
+        ArgumentError: an argument is unknown or out of range.
+
+    References:
+        Kingma & Welling 2014, https://arxiv.org/abs/1312.6114; Rezende et al. 2014,
+        https://arxiv.org/abs/1401.4082; Loaiza-Ganem & Cunningham 2019 (continuous Bernoulli),
+        https://arxiv.org/abs/1907.06845.
+
+    Example:
+        >>> model = VAE(data_shape=(8, 8), latent_dim=2, hidden=(32,))
+        >>> model(size=5).shape
+        torch.Size([5, 8, 8])
+        >>> p = model.decode(torch.zeros(3, 4, 2))
+        >>> p.batch_shape, p.event_shape
+        (torch.Size([3, 4]), torch.Size([8, 8]))
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        latent_dim: int,
+        hidden: Sequence[int] = (200, 200),
+        activation: str = "tanh",
+        likelihood: str = "bernoulli",
+        prior: Literal["standard", "learnable"] = "standard",
+        network: Literal["mlp", "conv"] = "mlp",
+        channels: Sequence[int] = (64, 32),
+    ) -> None:
+        super().__init__()
+        self.data_shape = tuple(data_shape)
+        self.latent_dim = latent_dim
+        self.hidden = tuple(hidden)
+        self.channels = tuple(channels)
+        self.activation = activation
+        self.network = network
+        self._check(likelihood, prior)
+        self.likelihood = LIKELIHOODS[likelihood]
+
+        outputs = self.likelihood.outputs
+        if network == "mlp":
+            self.decoder: nn.Module = mlp(latent_dim, self.hidden, math.prod(self.data_shape) * outputs, activation)
+        else:
+            image = self.image_shape
+            self.decoder = ConvDecoder(latent_dim, self.hidden, self.channels, image, image[0] * outputs, activation)
+        loc, scale = torch.zeros(latent_dim), torch.ones(latent_dim)
+        if prior == "learnable":
+            self.prior_loc = nn.Parameter(loc)
+            self.prior_scale = PyroParam(scale, constraints.softplus_positive)
+        else:
+            self.register_buffer("prior_loc", loc, persistent=False)
+            self.register_buffer("prior_scale", scale, persistent=False)
+        if likelihood == "normal":
+            self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive)
+        else:
+            self.likelihood_scale = None
+
+    def _check(self, likelihood: str, prior: str) -> None:
+        for argument, given in (("data_shape", self.data_shape), ("latent_dim", (self.latent_dim,))):
+            if not given or any(not isinstance(size, int) or size < 1 for size in given):
+                raise ArgumentError(f"{argument} is {given!r}; it must hold whole numbers, at least 1 each")
+        if likelihood not in LIKELIHOODS:
+            raise unknown_name("likelihood", likelihood, LIKELIHOODS)
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        if prior not in ("standard", "learnable"):
+            raise unknown_name("prior", prior, ("standard", "learnable"))
+        if self.network not in ("mlp", "conv"):
+            raise unknown_name("network", self.network, ("mlp", "conv"))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a data point that is an image."""
+        if len(self.data_shape) not in (2, 3):
+            raise ArgumentError(
+                f"data_shape is {self.data_shape}; network='conv' needs images (H, W) or (C, H, W)."
+                " Use network='mlp' for other data."
+            )
+        channels, height, width = (1, *self.data_shape)[-3:]
+        return channels, height, width
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z): batch shape (), event shape (latent_dim,)."""
+        return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
+
+    def decode(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) for `*batch x latent_dim` latents: batch shape `*batch`, event shape ``data_shape``."""
+        return self.likelihood.distribution(self._raw(z), self.likelihood_scale).to_event(len(self.data_shape))
+
+    def _raw(self, z: Tensor) -> Tensor:
+        """Decoder output, `*batch x *data_shape` or, with several outputs an element, `… x outputs`."""
+        out, outputs = full_precision(self.decoder(z)), self.likelihood.outputs
+        batch = z.shape[:-1]
+        if outputs == 1:
+            return out.reshape(*batch, *self.data_shape)
+        if self.network == "mlp":
+            return out.reshape(*batch, *self.data_shape, outputs)
+        channels, height, width = self.image_shape  # convolutions put the outputs of an element among the channels
+        return (
+            out.reshape(*batch, channels, outputs, height, width)
+            .movedim(-3, -1)
+            .reshape(*batch, *self.data_shape, outputs)
+        )
+
+    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+        """Conditions on ``x``, or generates ``size`` data points when it is ``None``; returns the data.
+
+        Args:
+            x: A `n x *data_shape` tensor, or ``None``.
+            size: number of data points to generate.
+
+        Raises:
+            DataError: ``x`` is not a batch of data points of this model's shape.
+        """
+        if x is not None and tuple(x.shape[1:]) != self.data_shape:
+            raise DataError(
+                f"x has shape {tuple(x.shape)}; this model takes batches of shape (n, *{self.data_shape})."
+                " Reshape the data, or build the model with their data_shape."
+            )
+        with pyro.plate("data", size if x is None else len(x), device=self.prior_loc.device):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.decode(z), obs=x)
+
+    @torch.no_grad()
+    def initialize_output(self, x: Tensor) -> VAE:
+        """Sets the decoder's last bias so that it starts at the mean of the data, and returns the model.
+
+        Args:
+            x: A `n x *data_shape` tensor of data (or of their intensities).
+
+        References:
+            Burda et al. 2016, appendix, https://arxiv.org/abs/1509.00519.
+        """
+        layers = [module for module in self.decoder.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        mean = x.to(self.prior_loc).mean(0)
+        if self.network == "conv":  # one bias a channel
+            mean = mean.reshape(self.image_shape).mean((1, 2))
+        bias = layers[-1].bias
+        assert bias is not None
+        bias.copy_(self.likelihood.bias(mean).reshape(-1))
+        return self

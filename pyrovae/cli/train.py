@@ -1,0 +1,325 @@
+"""``pyrovae train``: from the name of a data set to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyrovae.cli.shared import Json, Quiet, emit, table
+
+if TYPE_CHECKING:
+    from pyrovae.datasets import Splits
+    from pyrovae.training import Run
+
+__all__ = ["as_rows", "model_for", "summary", "train"]
+
+_DATA, _MODEL, _OBJECTIVE, _FIT, _RUN = "Data", "Model and guide", "Objective", "Optimization", "Run"
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="Data set: digits (embedded), mnist, …; see: pyrovae list datasets",
+        ),
+    ],
+    binarization: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="How intensities become pixels: none (they stay intensities), static (drawn once), dynamic (drawn"
+            " anew at every step).",
+            show_default="the data set's own",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(rich_help_panel=_MODEL, help="Generative model; see: pyrovae list models")
+    ] = "VAE",
+    guide: Annotated[
+        str, typer.Option(rich_help_panel=_MODEL, help="Approximate posterior; see: pyrovae list guides")
+    ] = "AmortizedNormal",
+    latent_dim: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_MODEL, help="Number of latent dimensions; 2 can be drawn as a map.")
+    ] = 2,
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Widths of the decoder's hidden layers from latent to data, with commas between; the encoder mirrors"
+            " them.",
+            show_default="200,200",
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Of the hidden layers: tanh, relu, gelu, silu, elu, leaky_relu, softplus, sigmoid.",
+            show_default="tanh",
+        ),
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="p(x | z): bernoulli (pixels 0 or 1), continuous-bernoulli (in 0 … 1), normal (real numbers),"
+            " categorical-256 (8-bit levels).",
+            show_default="bernoulli; continuous-bernoulli with --binarization none",
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="p(z): standard, N(0, I), or learnable, a Gaussian whose mean and scale are learned.",
+            show_default="standard",
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="mlp (fully connected) or conv (convolutions, for images).",
+            show_default="mlp",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(rich_help_panel=_OBJECTIVE, help="Bound to maximise; see: pyrovae list objectives")
+    ] = "ELBO",
+    particles: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_OBJECTIVE,
+            help="Posterior draws for each data point and step; more mean less noise, and more work.",
+            show_default="1",
+        ),
+    ] = None,
+    gradient: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_OBJECTIVE,
+            help="Estimator: pathwise (reparameterization), stl (sticking the landing, less noise near the optimum),"
+            " score (REINFORCE).",
+            show_default="pathwise",
+        ),
+    ] = None,
+    kl: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_OBJECTIVE,
+            help="KL term: sampled, or analytic (closed form; not with --gradient stl).",
+            show_default="sampled",
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_OBJECTIVE,
+            help="Coefficient of the KL term, at least 0; 1 is the plain bound. Reported bounds are always plain.",
+            show_default="1.0",
+        ),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            rich_help_panel=_OBJECTIVE,
+            help="Let the KL's coefficient rise linearly from 0 to --beta over this number of gradient steps.",
+            show_default="no warm-up",
+        ),
+    ] = None,
+    free_bits: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_OBJECTIVE,
+            help="Floor of the KL in nats per data point, below which it is not penalised.",
+            show_default="0",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_FIT, help="Passes over the training data in all.")
+    ] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_FIT, help="Data points a gradient step.")] = 100,
+    lr: Annotated[
+        float, typer.Option(rich_help_panel=_FIT, help="Learning rate, for the loss in nats per data point.")
+    ] = 1e-3,
+    optimizer: Annotated[
+        str, typer.Option(rich_help_panel=_FIT, help="adam, adamax, adamw, nadam, radam, rmsprop or sgd.")
+    ] = "adam",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_FIT, help="Of the learning rate: constant; cosine or linear, down to 0 at the last step."
+        ),
+    ] = "constant",
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_FIT,
+            help="Largest norm of the gradient of the loss per data point; longer ones are shortened.",
+            show_default="no clipping",
+        ),
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="EPOCHS",
+            rich_help_panel=_FIT,
+            help="Stop after this number of epochs without a better validation bound, and keep the best parameters.",
+            show_default="never",
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(rich_help_panel=_FIT, help="Of the networks: float32, or bf16 (faster on a recent GPU).")
+    ] = "float32",
+    device: Annotated[
+        str,
+        typer.Option(rich_help_panel=_FIT, help="auto (the GPU where there is one), cpu, cuda, cuda:1, …"),
+    ] = "auto",
+    seed: Annotated[
+        int,
+        typer.Option(min=0, rich_help_panel=_RUN, help="Of initial weights, shuffling and sampling."),
+    ] = 0,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_RUN,
+            help="Folder for parameters, checkpoints, metrics and configuration.",
+            show_default="runs/<data>-<model>-seed<seed>",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=_RUN, help="Continue the run in the folder, bit for bit; --epochs may be more."
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Train a model on a data set and write a run folder; bounds are in nats per data point.
+
+    Early stopping goes by the validation split; the test split is not touched
+    (see: pyrovae evaluate). Ctrl-C writes a checkpoint; --resume continues it.
+
+    Examples:
+
+    pyrovae train --data digits
+
+    pyrovae train --data digits --activation relu --gradient stl --epochs 300
+
+    pyrovae train --data mnist --latent-dim 50 --early-stopping 20
+    """
+    import torch
+
+    import pyrovae
+    from pyrovae import registry
+
+    beta_or_schedule = beta if warmup is None else pyrovae.LinearWarmup(warmup, end=1.0 if beta is None else beta)
+    bound = registry.OBJECTIVES.build(
+        _described(objective, particles=particles, gradient=gradient, kl=kl, beta=beta_or_schedule, free_bits=free_bits)
+    )
+    registry.MODELS[model], registry.GUIDES[guide]  # names are cheaper to check than data to load
+    splits = pyrovae.datasets.load(data, binarization=binarization)
+    torch.manual_seed(seed)
+    generative = model_for(
+        splits,
+        model,
+        latent_dim=latent_dim,
+        hidden=None if hidden is None else _widths(hidden),
+        activation=activation,
+        likelihood=likelihood,
+        prior=prior,
+        network=network,
+    )
+    run = pyrovae.fit(
+        generative,
+        registry.GUIDES.build(_described(guide), generative),
+        splits.train,
+        objective=bound,
+        validation=splits.validation,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_norm=clip_norm,
+        early_stopping=early_stopping,
+        precision=precision,  # type: ignore[arg-type]  # fit checks it
+        device=device,
+        seed=seed,
+        run_dir=run_dir or Path("runs") / f"{data}-{model}-seed{seed}",
+        resume=resume,
+        progress=not quiet,
+    )
+    said = summary(run)
+    emit(said, table(as_rows(said)), json)
+
+
+def model_for(splits: Splits, name: str, **arguments: Any) -> Any:
+    """The registered model for a data set, its output starting at the mean of the training split.
+
+    Args:
+        splits: the data set, of which the model takes ``data_shape`` and, unless it is given, the likelihood.
+        name: of the model.
+        **arguments: of the model; those that are ``None`` keep the model's default.
+
+    Raises:
+        ArgumentError: an argument is unknown or out of range.
+    """
+    from pyrovae import registry
+
+    if arguments.get("likelihood") is None:
+        arguments["likelihood"] = "continuous-bernoulli" if splits.binarization == "none" else "bernoulli"
+    model = registry.MODELS.build(_described(name, data_shape=tuple(splits.event_shape), **arguments))
+    if hasattr(model, "initialize_output"):
+        model.initialize_output(splits.train.x)
+    return model
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The end of a fit by name with unit: the row of the epoch whose parameters the run holds."""
+    epochs = len(run.history)
+    row = run.history[(run.best_epoch or epochs) - 1]
+    return {
+        "run_dir": run.folder,
+        "epochs": epochs,
+        "best_epoch": run.best_epoch,
+        "bound_nats": row["bound"],
+        "validation_bound_nats": row.get("validation_bound"),
+        "kl_nats": row.get("kl"),
+    }
+
+
+def as_rows(said: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary for a reader."""
+    best = said["best_epoch"]
+    kept = f" (parameters and bounds are those of epoch {best}, the best)" if best is not None else ""
+    rows = [
+        ("run folder", str(said["run_dir"])),
+        ("epochs", f"{said['epochs']:,}{kept}"),
+        ("training bound", f"{said['bound_nats']:.3f} nats per data point"),
+    ]
+    if said["validation_bound_nats"] is not None:
+        rows.append(("validation bound", f"{said['validation_bound_nats']:.3f} nats per data point"))
+    return rows
+
+
+def _described(name: str, **arguments: Any) -> dict[str, Any]:
+    """A configuration for a registry, with the arguments that were given."""
+    return {"name": name, "arguments": {key: value for key, value in arguments.items() if value is not None}}
+
+
+def _widths(hidden: str) -> tuple[int, ...]:
+    from pyrovae.errors import ArgumentError
+
+    try:
+        return tuple(int(width) for width in hidden.split(",") if hidden.strip())
+    except ValueError:
+        raise ArgumentError(f"--hidden is {hidden!r}; give whole numbers with commas between, as 200,200") from None

@@ -1,0 +1,189 @@
+"""What a data set is: three splits of images, each of which knows how it is binarized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pyrovae.errors import ArgumentError, DataError
+
+__all__ = ["BINARIZATIONS", "STATIC_SEED", "Binarization", "Split", "Splits", "make_splits"]
+
+Binarization = Literal["none", "static", "dynamic"]
+BINARIZATIONS: tuple[Binarization, ...] = get_args(Binarization)
+
+# Part of what "static" means: a bound on statically binarized images depends on which pixels were drawn.
+STATIC_SEED = 2008
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Dataset[Tensor]):
+    """One split: images, their labels, and how an image becomes an observation.
+
+    Args:
+        x: A float32 `n x *event_shape` tensor; {0, 1} where ``binarization`` is ``"static"``, intensities in
+            [0, 1] otherwise.
+        y: An int64 `n` tensor of labels, or ``None`` where the data have none.
+        binarization: ``"none"`` observes the intensities; ``"static"`` observes pixels that were drawn once;
+            ``"dynamic"`` draws each pixel from Bernoulli(intensity) anew whenever it is observed.
+        name: of the data set it belongs to, for a run's configuration; empty where it belongs to none.
+
+    Raises:
+        ArgumentError: ``binarization`` is none of the three.
+        DataError: ``x`` is empty, not float32 or outside its support, or ``y`` does not label each row of it.
+
+    Reference:
+        Salakhutdinov & Murray 2008, On the quantitative analysis of deep belief networks,
+        https://doi.org/10.1145/1390156.1390266 (binarization by sampling from the intensities).
+
+    Example:
+        >>> split = Split(torch.full((4, 2, 2), 0.5), None, "dynamic")
+        >>> len(split), split.event_shape, split[0].shape
+        (4, torch.Size([2, 2]), torch.Size([2, 2]))
+        >>> sorted(set(split.draw(split.x).flatten().tolist()) - {0.0, 1.0})
+        []
+    """
+
+    x: Tensor
+    y: Tensor | None
+    binarization: Binarization
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.binarization not in BINARIZATIONS:
+            raise ArgumentError(f"binarization is {self.binarization!r}; allowed are: {', '.join(BINARIZATIONS)}")
+        if self.x.dtype != torch.float32 or self.x.dim() < 2 or self.x.numel() == 0:
+            raise DataError(
+                f"x is {self.x.dtype} of shape {tuple(self.x.shape)}; "
+                "it must be float32 of shape n x *event_shape and not empty"
+            )
+        if self.y is not None and (self.y.dtype != torch.int64 or self.y.shape != self.x.shape[:1]):
+            raise DataError(
+                f"y is {self.y.dtype} of shape {tuple(self.y.shape)}; "
+                f"it must be int64 of shape ({len(self.x)},), a label for each row of x, or None"
+            )
+        low, high = (bound.item() for bound in torch.aminmax(self.x))
+        if not (low >= 0 and high <= 1):
+            raise DataError(f"x lies in [{low:g}, {high:g}]; intensities must be finite and in [0, 1]")
+        if self.binarization == "static" and not ((self.x == 0) | (self.x == 1)).all():
+            raise DataError("x has values between 0 and 1; a static split holds pixels that are 0 or 1")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int | slice | Tensor) -> Tensor:
+        """One draw of ``x[i]``: a `*event_shape` tensor for an int, rows of them for a slice or a tensor."""
+        return self.draw(self.x[i])
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one image."""
+        return self.x.shape[1:]
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Observations of rows of ``self.x``, on whichever device these rows are.
+
+        Args:
+            x: A `... x *event_shape` tensor of intensities or pixels.
+
+        Returns:
+            A tensor shaped like ``x``: Bernoulli(x), from the global generator of its device, where the split
+            is dynamic; ``x`` itself otherwise.
+
+        Example:
+            >>> split = Split(torch.full((4, 2, 2), 0.5), None, "none")
+            >>> split.draw(split.x) is split.x
+            True
+        """
+        return torch.bernoulli(x) if self.binarization == "dynamic" else x
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """A data set: its training, validation and test splits.
+
+    Where ``binarization`` is ``"dynamic"``, only the training split is: validation and test are drawn once,
+    with a fixed seed, and marked ``"static"``, so that bounds on them can be compared between epochs and runs.
+
+    Args:
+        name: the name it was loaded by.
+        train: what to fit.
+        validation: what to choose by.
+        test: what to report.
+        classes: name of each label; empty where the data have no labels.
+        binarization: what was asked of ``load``.
+
+    Example:
+        >>> from pyrovae import datasets
+        >>> digits = datasets.load("digits")
+        >>> digits.event_shape, len(digits.train), len(digits.classes)
+        (torch.Size([8, 8]), 1197, 10)
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    binarization: Binarization
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one image, the same in all splits."""
+        return self.train.event_shape
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's ``config.json`` says of its data; only strings, ints, lists and dicts.
+
+        Example:
+            >>> from pyrovae import datasets
+            >>> datasets.load("digits").describe()["sizes"]
+            {'train': 1197, 'validation': 300, 'test': 300}
+        """
+        return {
+            "name": self.name,
+            "binarization": self.binarization,
+            "sizes": {part: len(getattr(self, part)) for part in ("train", "validation", "test")},
+            "event_shape": list(self.event_shape),
+        }
+
+
+def make_splits(
+    name: str,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor | None],
+    classes: tuple[str, ...],
+    binarization: Binarization,
+) -> Splits:
+    """Splits from intensities, drawn once with the fixed seed where ``binarization`` says so.
+
+    Args:
+        name: the data set's name.
+        images: intensities of train, validation and test, each a float32 `n x *event_shape` tensor in [0, 1].
+        labels: an int64 `n` tensor each, or ``None``.
+        classes: name of each label.
+        binarization: how to binarize, see ``Split`` and ``Splits``.
+
+    Returns:
+        The splits; validation and test are the same pixels for ``"static"`` and ``"dynamic"``.
+
+    Example:
+        >>> images = [torch.full((n, 2, 2), 0.5) for n in (4, 2, 2)]
+        >>> parts = make_splits("grey", images, [None] * 3, (), "dynamic")
+        >>> parts.train.binarization, parts.validation.binarization
+        ('dynamic', 'static')
+    """
+    parts = []
+    for index, (x, y) in enumerate(zip(images, labels, strict=True)):
+        kind: Binarization = "static" if binarization == "dynamic" and index > 0 else binarization
+        if kind == "static":
+            # A generator for each split, so that a split's pixels do not depend on the size of the one before.
+            x = torch.bernoulli(x, generator=torch.Generator().manual_seed(STATIC_SEED + index))
+        parts.append(Split(x, y, kind, name))
+    train, validation, test = parts
+    return Splits(name, train, validation, test, classes, binarization)

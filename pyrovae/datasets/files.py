@@ -1,0 +1,201 @@
+"""Where files are looked for, whether they are what they should be, and how they are fetched."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import urllib.request
+from collections.abc import Iterable, Sequence
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from pyrovae.atomic import replacing
+from pyrovae.errors import ArgumentError, CorruptFileError, DataUnavailableError
+
+__all__ = [
+    "DOWNLOAD_ERRORS",
+    "VARIABLE",
+    "as_folder",
+    "cache",
+    "download",
+    "download_root",
+    "find_file",
+    "find_root",
+    "roots",
+    "sha256",
+    "unavailable",
+    "verify",
+]
+
+VARIABLE = "PYROVAE_DATA"
+# What a machine without a network, a server that hangs up and a full or read-only disk raise.
+DOWNLOAD_ERRORS = (OSError, HTTPException)
+_CHUNK = 1 << 20  # bytes
+_TIMEOUT = 30.0  # seconds without an answer
+
+
+def as_folder(path: str | Path, origin: str) -> Path:
+    """The path of a folder that exists, ``~`` expanded.
+
+    Args:
+        path: what was given.
+        origin: where it was given, for the message.
+
+    Raises:
+        ArgumentError: it is not a folder.
+
+    Example:
+        >>> as_folder("nowhere", "root")
+        Traceback (most recent call last):
+        pyrovae.errors.ArgumentError: root is 'nowhere', which is not a folder; create it or name another
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ArgumentError(f"{origin} is {str(path)!r}, which is not a folder; create it or name another")
+    return folder
+
+
+def cache() -> Path:
+    """Folder for downloads, which may not exist yet: ``$XDG_CACHE_HOME/pyrovae`` or ``~/.cache/pyrovae``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pyrovae"
+
+
+def roots(root: Path | None) -> list[Path]:
+    """Folders to look in, in order: ``root`` alone if given, else ``$PYROVAE_DATA`` and the cache.
+
+    Raises:
+        ArgumentError: ``$PYROVAE_DATA`` is set, but not to a folder.
+    """
+    if root is not None:
+        return [root]
+    given = os.environ.get(VARIABLE)
+    return [as_folder(given, f"the environment variable {VARIABLE}"), cache()] if given else [cache()]
+
+
+def download_root(root: Path | None) -> Path:
+    """Folder to download to: the first of ``roots`` if it can be written, else the last, which is the cache."""
+    candidates = roots(root)
+    return candidates[0] if os.access(candidates[0], os.W_OK | os.X_OK) else candidates[-1]
+
+
+def find_file(candidates: Sequence[str], root: Path | None) -> Path | None:
+    """The first file that exists among ``candidates`` (paths below a root), root by root, or ``None``."""
+    paths = (folder / candidate for folder in roots(root) for candidate in candidates)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def find_root(required: Sequence[str], root: Path | None) -> Path | None:
+    """The first root below which all ``required`` files exist, or ``None``."""
+    return next((folder for folder in roots(root) if all((folder / file).is_file() for file in required)), None)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, computed once in a process unless the file changes.
+
+    Example:
+        >>> import os
+        >>> sha256(Path(os.devnull))[:8]
+        'e3b0c442'
+    """
+    status = path.stat()
+    return _sha256(path.resolve(), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(path: Path, expected: str, source: str) -> None:
+    """Checks that a file is the published one.
+
+    Args:
+        path: the file.
+        expected: its hexadecimal sha256.
+        source: where it is published, for the message.
+
+    Raises:
+        CorruptFileError: its sha256 is another one.
+    """
+    found = sha256(path)
+    if found != expected:
+        raise CorruptFileError(
+            f"{path} is truncated or altered: its {path.stat().st_size} bytes have sha256 {found}, expected "
+            f"{expected}; delete it and load again to download it, or replace it by the file from {source}"
+        )
+
+
+def download(url: str, path: Path, expected: str) -> None:
+    """Downloads a file, which appears at ``path`` complete and verified or not at all.
+
+    Args:
+        url: where it is published.
+        path: where it goes; folders are made as needed.
+        expected: its hexadecimal sha256.
+
+    Raises:
+        CorruptFileError: what was sent has another sha256.
+        OSError: there is no network, no such file at the server, or no room for it.
+        http.client.HTTPException: the server does not speak HTTP.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, replacing(path) as file:
+        found = _receive(response, file, path.name)
+        if found != expected:
+            raise CorruptFileError(
+                f"{url} sent a file with sha256 {found}, expected {expected}; nothing was kept. "
+                f"Load again, or put the right file at {path}"
+            )
+
+
+def _receive(response: HTTPResponse, file: BinaryIO, name: str) -> str:
+    """Writes the body of a response to a file and returns its sha256."""
+    digest = hashlib.sha256()
+    # disable=None: no progress bar where nobody looks at a terminal.
+    with tqdm(total=response.length, desc=name, unit="B", unit_scale=True, disable=None) as progress:
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            progress.update(len(chunk))
+    return digest.hexdigest()
+
+
+def unavailable(
+    name: str, required: Iterable[str], root: Path | None, source: str, cause: BaseException
+) -> DataUnavailableError:
+    """The error for a data set that is not here and could not be fetched.
+
+    Args:
+        name: the data set.
+        required: the files that it wants, as paths below a root.
+        root: the ``root`` argument.
+        source: where the files are published.
+        cause: why the download failed.
+
+    Returns:
+        The error, for the caller to raise.
+
+    Example:
+        >>> error = unavailable("mnist", ["MNIST/raw/a"], Path("data"), "http://a.org", OSError("no route"))
+        >>> print(error)
+        data set 'mnist' was not found below data, and the download to data failed (OSError: no route); \
+get its files from http://a.org, put them in data as MNIST/raw/a, or set PYROVAE_DATA to a folder that has them
+    """
+    folders = " or ".join(str(folder) for folder in roots(root))
+    target = download_root(root)
+    reason = " ".join(str(cause).split())  # torchvision's has a line for each mirror
+    return DataUnavailableError(
+        f"data set {name!r} was not found below {folders}, and the download to {target} failed "
+        f"({type(cause).__name__}: {reason}); get its files from {source}, put them in {target} as "
+        f"{', '.join(required)}, or set {VARIABLE} to a folder that has them"
+    )

@@ -1,0 +1,8 @@
+"""Distributions that torch, Pyro and zuko lack."""
+
+from __future__ import annotations
+
+from pyrovae.distributions.bernoulli import Bernoulli
+from pyrovae.distributions.categorical256 import Categorical256
+
+__all__ = ["Bernoulli", "Categorical256"]

@@ -1,0 +1,71 @@
+"""The errors that pyrovae raises on purpose: each names what was given, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "CorruptFileError",
+    "DataError",
+    "DataUnavailableError",
+    "ModelGuideError",
+    "NonFiniteError",
+    "PyrovaeError",
+    "RunError",
+    "unknown_name",
+]
+
+
+class PyrovaeError(Exception):
+    """Base of all errors below; the command line prints them as one line and exits with 2."""
+
+
+class ArgumentError(PyrovaeError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class DataError(PyrovaeError, ValueError):
+    """The data are empty, not finite, of the wrong shape, or outside the support of the likelihood."""
+
+
+class DataUnavailableError(PyrovaeError, FileNotFoundError):
+    """A data set is not on this machine and could not be fetched."""
+
+
+class CorruptFileError(PyrovaeError, RuntimeError):
+    """A file is truncated, altered, or not what its name says."""
+
+
+class RunError(PyrovaeError, RuntimeError):
+    """A run folder is missing, holds another run, or cannot be continued as asked."""
+
+
+class ModelGuideError(PyrovaeError, ValueError):
+    """Model and guide do not fit each other, or their batch dimensions do not fit their plates."""
+
+
+class NonFiniteError(PyrovaeError, ArithmeticError):
+    """The loss or a gradient became NaN or infinite during a fit."""
+
+
+def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> ArgumentError:
+    """The error for a name that is not in a list of names, with the nearest ones that are.
+
+    Args:
+        kind: what the name should have named, as a reader would say it.
+        name: what was given.
+        allowed: every name that is allowed.
+
+    Returns:
+        The error, for the caller to raise.
+
+    Example:
+        >>> print(unknown_name("data set", "mnits", ["digits", "mnist"]))
+        unknown data set 'mnits' (did you mean 'mnist'?); there are: digits, mnist
+    """
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return ArgumentError(f"unknown {kind} {name!r}{hint}; there are: {', '.join(allowed)}")

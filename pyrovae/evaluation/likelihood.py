@@ -1,0 +1,221 @@
+"""How likely is the data: importance-sampled estimates of log p(x), one for each data point."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pyrovae.devices import resolve_device
+from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.modes import device_of, evaluating
+from pyrovae.progress import progress_bar
+from pyrovae.structure import Program, check
+from pyrovae.training.data import Batches, Data, batches
+from pyrovae.training.programs import local_params
+from pyrovae.weights import LogWeights, log_weights
+
+__all__ = ["LogLikelihood", "effective_sample_size", "log_likelihood"]
+
+# Numbers that one pass holds at its widest. On a CPU a pass should stay in the cache, on a GPU it should fill it.
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+_POINTS = 100  # data points that are encoded together
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Estimates of ``log p(x_n)`` in nats, one for each data point.
+
+    Each is the logarithm of an unbiased estimate of ``p(x_n)``: in expectation a lower bound, which rises to the exact
+    value as the number of particles grows.
+
+    Args:
+        values: the estimates, `n`.
+        standard_error: of each estimate, by the delta method, `n` (NaN for one particle).
+        effective_sample_size: of each data point's weights, between 1 and ``particles``, `n`.
+        particles: the number K of particles.
+    """
+
+    values: Tensor
+    standard_error: Tensor
+    effective_sample_size: Tensor
+    particles: int
+
+    @property
+    def mean(self) -> float:
+        """Mean estimate over the data, in nats per data point."""
+        return float(self.values.double().mean())
+
+    @property
+    def mean_error(self) -> float:
+        """Monte Carlo standard error of ``mean``, in nats per data point (that of the particles, not of the data)."""
+        return float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
+
+    def __repr__(self) -> str:
+        error = f" ± {self.mean_error:.3f}" if self.particles > 1 else ""
+        return (
+            f"LogLikelihood(mean {self.mean:.3f}{error} nats per data point, {len(self.values)} data points,"
+            f" {self.particles} particles)"
+        )
+
+
+def log_likelihood(
+    model: Program,
+    guide: Program,
+    data: Data,
+    particles: int = 5000,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> LogLikelihood:
+    r"""Importance-sampled log-likelihood with the guide as the proposal.
+
+    .. math:: \log \hat p(x_n) = \log \frac{1}{K} \sum_{k=1}^K \frac{p(x_n, z_k)}{q(z_k \mid x_n)}, \quad
+        z_k \sim q(z \mid x_n)
+
+    The particles are drawn in chunks, so the memory does not grow with their number. A guide with ``encode(x)`` and
+    ``sample(q)`` (those of ``pyrovae.guides``) encodes each data point once; any other guide is run once a chunk.
+    A model whose latents are shared by all data points gets one estimate, of the evidence of all data together.
+
+    Args:
+        model: Pyro model, called with a minibatch.
+        guide: Pyro guide, called with the same.
+        data: as for :func:`pyrovae.fit`; a split that is binarized dynamically is drawn once.
+        particles: number K of particles for each data point.
+        seed: of the particles; the caller's random state is left as it was.
+        device: where the data are put; ``None`` for where the parameters are.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A :class:`LogLikelihood` with an estimate, its standard error and the effective sample size of each data point.
+
+    Raises:
+        ArgumentError: ``particles`` is out of range.
+        DataError: the data are empty, not finite, or of the wrong shape.
+        ModelGuideError: model and guide do not fit each other, or the data plate is subsampled.
+
+    References:
+        Burda et al. 2016, https://arxiv.org/abs/1509.00519.
+
+    Example:
+        >>> import pyrovae
+        >>> from pyrovae.models import VAE
+        >>> from pyrovae.guides import AmortizedNormal
+        >>> model = VAE(data_shape=(8, 8), latent_dim=2, hidden=(32,))
+        >>> test = pyrovae.datasets.load("digits").test
+        >>> result = log_likelihood(model, AmortizedNormal(model), test, particles=50)
+        >>> result.values.shape, result.mean > -100
+        (torch.Size([300]), True)
+    """
+    if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
+        raise ArgumentError(f"particles is {particles!r}; it must be a whole number, at least 1")
+    place = resolve_device(device) if device is not None else device_of(model, guide)
+    with asking(model, guide, seed=seed):
+        source = _source(model, data, _POINTS, place)
+        first = source.first()
+        nesting = check(model, guide, *first).max_plate_nesting
+        probe = log_weights(model, guide, *first, max_plate_nesting=nesting)
+        _check_scale(probe)
+        if not probe.plates:  # one evidence of all data together
+            source = _source(model, data, source.size, place)
+            if source.steps > 1:
+                raise ArgumentError(
+                    "data is a DataLoader of several minibatches, but the model's latents are shared by"
+                    " all data points; give the data as tensors"
+                )
+        with progress_bar(source.size, " points", progress) as bar:
+            found = []
+            for batch in source.epoch(0):
+                found.append(_power_sums(model, guide, batch, particles, nesting))
+                bar.update(len(batch[0]))
+    first_power = torch.cat([one for one, _ in found])
+    second_power = torch.cat([two for _, two in found])
+    ess = (2.0 * first_power - second_power).exp()
+    relative_variance = (
+        ((1.0 / ess - 1.0 / particles) * particles / (particles - 1)) if particles > 1 else ess * math.nan
+    )
+    return LogLikelihood(
+        values=first_power - math.log(particles),
+        standard_error=relative_variance.clamp(min=0.0).sqrt(),
+        effective_sample_size=ess,
+        particles=particles,
+    )
+
+
+def effective_sample_size(log_w: Tensor) -> Tensor:
+    r"""Effective sample size of importance weights, between 1 and the number of particles.
+
+    .. math:: \mathrm{ESS} = \left(\sum_k w_k\right)^2 / \sum_k w_k^2
+
+    Args:
+        log_w: log-weights, `particles x *batch`, as :func:`pyrovae.log_weights` gives them.
+
+    Returns:
+        A `*batch` tensor.
+
+    References:
+        Kong 1992; Liu 2001, "Monte Carlo strategies in scientific computing", section 2.5.3.
+
+    Example:
+        >>> effective_sample_size(torch.tensor([[0.0, 0.0], [0.0, -1000.0]]))
+        tensor([2., 1.])
+    """
+    w = (log_w - log_w.amax(0)).exp()
+    return w.sum(0).square() / w.square().sum(0)
+
+
+def _source(model: Program, data: Data, size: int, place: torch.device) -> Batches:
+    own_size = isinstance(data, DataLoader)
+    return batches(data, None if own_size else size, place, None, "data", getattr(model, "likelihood", None))
+
+
+def _check_scale(probe: LogWeights) -> None:
+    if not isinstance(probe.scale, float) or probe.scale != 1.0:
+        raise ModelGuideError(
+            "the model scales its log-densities (a subsampled data plate, or poutine.scale); a log-likelihood needs the"
+            " plain ones. Build the model for the data it is evaluated on, without subsample_size."
+        )
+
+
+def _power_sums(
+    model: Program, guide: Program, batch: tuple[Tensor, ...], particles: int, nesting: int
+) -> tuple[Tensor, Tensor]:
+    """``log Σ w`` and ``log Σ w²`` over the particles for each data point of a minibatch, chunk by chunk."""
+    propose = _proposal(guide, batch)
+    widest = max(part.numel() for part in batch)
+    chunk = max(1, min(particles, _ELEMENTS.get(batch[0].device.type, 2**22) // widest))
+    first: Tensor | None = None
+    second: Tensor | None = None
+    for start in range(0, particles, chunk):
+        count = min(chunk, particles - start)
+        weights = log_weights(model, propose, *batch, particles=count, max_plate_nesting=nesting)
+        log_w = weights.log_w.flatten(1) if weights.plates else weights.log_w.unsqueeze(1)
+        ones, twos = log_w.logsumexp(0), (2.0 * log_w).logsumexp(0)
+        first = ones if first is None else torch.logaddexp(first, ones)
+        second = twos if second is None else torch.logaddexp(second, twos)
+    assert first is not None
+    assert second is not None
+    return first, second
+
+
+def _proposal(guide: Any, batch: tuple[Tensor, ...]) -> Program:
+    """The guide with its data points encoded once, where it can do that."""
+    if len(batch) == 1 and hasattr(guide, "encode") and hasattr(guide, "sample"):
+        posterior = guide.encode(batch[0])
+        return lambda x: guide.sample(posterior)
+    return guide
+
+
+@contextlib.contextmanager
+def asking(*programs: Program, seed: int) -> Iterator[None]:
+    """Evaluation mode, parameters in the modules, no validation of every distribution."""
+    with evaluating(*programs, seed=seed), local_params(*programs), pyro.validation_enabled(False):
+        yield

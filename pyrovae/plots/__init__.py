@@ -1,0 +1,25 @@
+"""Figures: each function takes an optional matplotlib Axes and returns the one it has drawn in.
+
+The packaged models and guides can be drawn, and so can any that offer what a figure needs: a model has ``data_shape``,
+``latent_dim``, ``prior()`` and ``decode(z)``, a guide has ``encode(x)``; the last three return distributions.
+"""
+
+from __future__ import annotations
+
+from pyrovae.plots.curves import bound_parts, learning_curves
+from pyrovae.plots.images import image_grid
+from pyrovae.plots.latent import interpolation, manifold, reconstructions, samples
+from pyrovae.plots.report import report
+from pyrovae.plots.scatter import latent_scatter
+
+__all__ = [
+    "bound_parts",
+    "image_grid",
+    "interpolation",
+    "latent_scatter",
+    "learning_curves",
+    "manifold",
+    "reconstructions",
+    "report",
+    "samples",
+]

@@ -1,0 +1,8 @@
+"""From an objective to a fitted run: steps, the loop, checkpoints."""
+
+from __future__ import annotations
+
+from pyrovae.training.fit import fit
+from pyrovae.training.run import Run, load
+
+__all__ = ["Run", "fit", "load"]

@@ -1,0 +1,139 @@
+"""One gradient step, eager: objective, gradients, guard, update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO as PyroELBO
+from torch import Tensor
+
+from pyrovae.errors import NonFiniteError
+from pyrovae.objectives import Objective
+from pyrovae.structure import Program
+
+__all__ = ["EagerStep", "Measured"]
+
+Measured = dict[str, Tensor]  # detached scalars of one step, in nats per data point
+
+
+@dataclass
+class EagerStep:
+    """Computes the loss of a minibatch per data point, its gradient, and updates the parameters.
+
+    A loss or gradient that is not finite leaves the parameters as they are, the last good ones. On the CPU the error
+    is raised at once; on an accelerator a fused optimizer skips the update by itself, and :meth:`raise_if_bad`, called
+    where the host waits for the device anyway, raises it.
+
+    Args:
+        model: Pyro model.
+        guide: Pyro guide.
+        objective: one of ours, or any Pyro loss.
+        parameters: every learnable leaf tensor by name.
+        optimizer: over these parameters.
+        schedule: learning-rate schedule, stepped after each update.
+        data_size: full size of the data plate where it is not the minibatch's length, else ``None``.
+        clip_norm: largest norm of the gradient of the loss per data point, or ``None``.
+        autocast: whether the objective runs in bfloat16 where torch deems that safe.
+    """
+
+    model: Program
+    guide: Program
+    objective: PyroELBO
+    parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    data_size: int | None
+    clip_norm: float | None
+    autocast: bool
+
+    def __post_init__(self) -> None:
+        device = next(iter(self.parameters.values())).device
+        self.deferred = device.type != "cpu" and bool(self.optimizer.defaults.get("fused"))
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, batch: tuple[Tensor, ...]) -> Measured:
+        """One update; returns the bound and its parts before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        points = self.data_size or len(batch[0])
+        measured = self.backward(batch, points)
+        if isinstance(self.objective, Objective):
+            self.objective.advance()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.clip_norm is None:
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        bad = ~torch.isfinite(measured["loss"] + norm)
+        if self.deferred:
+            self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+            self.bad |= bad
+        elif bool(bad):
+            raise NonFiniteError(self._diagnosis(batch, measured["loss"]))
+        self.optimizer.step()
+        self.schedule.step()
+        return measured
+
+    def raise_if_bad(self, batch: tuple[Tensor, ...]) -> None:
+        """Raises the error of an update that was skipped on the device since the last call; ``batch`` is diagnosed."""
+        if self.deferred and bool(self.bad):
+            raise NonFiniteError(self._diagnosis(batch, self.backward(batch, len(batch[0]))["loss"]))
+
+    def backward(self, batch: tuple[Tensor, ...], points: int) -> Measured:
+        """Adds the gradient of the loss per data point; returns loss, bound and parts."""
+        if isinstance(self.objective, Objective):
+            with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.autocast):
+                estimate = self.objective.estimate(self.model, self.guide, *batch)
+            loss = estimate.loss / points
+            loss.backward()
+            parts = {"bound": estimate.bound, "log_likelihood": estimate.log_likelihood}
+            parts |= {f"kl/{name}": value for name, value in estimate.kl.items()}
+            return {"loss": loss.detach(), **{name: value / points for name, value in parts.items()}}
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.autocast):
+            total = self.objective.loss_and_grads(self.model, self.guide, *batch)
+        loss = torch.as_tensor(total, dtype=torch.float64).detach() / points
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.div_(points)
+        return {"loss": loss, "bound": -loss}
+
+    @torch.no_grad()
+    def evaluate(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The bound per data point on a minibatch, a detached scalar in nats."""
+        points = self.data_size or len(batch[0])
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.autocast):
+            if isinstance(self.objective, Objective):
+                return self.objective.estimate(self.model, self.guide, *batch).bound / points
+            return -torch.as_tensor(self.objective.loss(self.model, self.guide, *batch)) / points
+
+    def _diagnosis(self, batch: tuple[Tensor, ...], loss: Tensor) -> str:
+        """Which parameter's gradient, and which site's log-density, is not finite."""
+        value = float(loss)
+        said = [f"the loss is {value:g}" if value - value != 0 else "the loss is finite but its gradient is not"]
+        bad = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        if bad:
+            others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            said.append(f"not finite: the gradient of {', '.join(bad[:3])}{others}")
+        site = first_bad_site(self.model, self.guide, batch)
+        if site:
+            said.append(f"at a new draw the log-density of site {site!r} is not finite")
+        return "; ".join(said)
+
+
+@torch.no_grad()
+def first_bad_site(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str | None:
+    """Name of the first site, guide before model, whose log-density at a new draw is not finite."""
+    with pyro.validation_enabled(False), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    for trace in (guide_trace, model_trace):
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            log_prob: Any = site["fn"].log_prob(site["value"])
+            if isinstance(log_prob, Tensor) and not bool(log_prob.isfinite().all()):
+                return name
+    return None

@@ -1,0 +1,66 @@
+"""The recipes and benchmarks run the package's own code; here on a tiny loader."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyrovae
+from benchmarks import log_likelihood
+from benchmarks.reproduce.recipes import RECIPES, reproduce
+from pyrovae.datasets import Split, Splits
+from pyrovae.errors import ArgumentError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tiny():
+    """Sixty statically binarized digits in the shape of MNIST."""
+    x = torch.nn.functional.interpolate(
+        pyrovae.datasets.load("digits", binarization="none").train.x[:60, None], (28, 28)
+    )
+    x = (x[:, 0] > 0.5).float()
+    parts = [Split(part, None, "static", "tiny") for part in (x[:40], x[40:50], x[50:])]
+    return Splits("tiny", *parts, (), "static")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_and_evaluates(name, tiny):
+    result = reproduce(name, tiny, particles=20, epochs=3, progress=False)
+    start = reproduce(name, tiny, particles=20, epochs=1, lr=1e-9, progress=False)
+    assert result.nll < start.nll
+    assert result.nll_error > 0
+    assert 1 <= result.epoch <= 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_seed_fixes_the_result_and_a_run_folder_continues_it(name, tiny, tmp_path):
+    first = reproduce(name, tiny, particles=10, epochs=2, progress=False)
+    again = reproduce(name, tiny, particles=10, epochs=2, progress=False, run_dir=tmp_path)
+    reused = reproduce(name, tiny, particles=10, epochs=2, progress=False, run_dir=tmp_path)
+    assert first.nll == again.nll == reused.nll
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(ArgumentError, match="unknown recipe 'vae'.*vae-1l-static"):
+        reproduce("vae")
+
+
+def test_the_command_line_names_the_recipes():
+    command = [sys.executable, "-m", "benchmarks.reproduce"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "vae-1l-static" in shown
+    wrong = subprocess.run([*command, "nope"], capture_output=True, text=True, cwd=ROOT)
+    assert wrong.returncode == 2
+    assert "unknown recipe 'nope'" in wrong.stderr
+
+
+def test_the_speed_benchmark_measures_what_it_names():
+    medians = log_likelihood.measure(points=2, particles=4000, repeats=1)
+    assert set(medians) == {"matrix products", "log_likelihood", "with Pyro's Bernoulli"}
+    assert all(seconds > 0 for seconds in medians.values())

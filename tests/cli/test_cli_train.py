@@ -1,0 +1,187 @@
+"""``pyrovae train``: what it fits, what it refuses, how it continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_helpers import SMALL, answer, call, complaint, rows, succeed, trained
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import pyrovae
+from pyrovae.guides import AmortizedNormal
+from pyrovae.models import VAE
+
+DIGITS = ("train", "--data", "digits", "--hidden", "16", "--quiet")
+
+
+def test_default_folder_and_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = succeed("train", "--data", "digits", "--seed", "3", *SMALL)
+    folder = tmp_path / "runs" / "digits-VAE-seed3"
+    assert str(folder.relative_to(tmp_path)) in text
+    last = rows(folder)[-1]
+    assert f"{last['bound']:.3f} nats per data point" in text
+    assert f"{last['validation_bound']:.3f} nats per data point" in text
+
+
+def test_same_run_as_through_the_api(tmp_path: Path) -> None:
+    said = answer(
+        *DIGITS, "--run-dir", tmp_path / "cli", "--latent-dim", 3, "--activation", "relu", "--prior", "learnable",
+        "--gradient", "stl", "--particles", 2, "--beta", 0.5, "--warmup", 7, "--free-bits", 0.1, "--epochs", 2,
+        "--batch-size", 200, "--lr", 0.01, "--optimizer", "adamw", "--schedule", "linear", "--clip-norm", 5,
+        "--seed", 4, "--device", "cpu", "--guide", "AmortizedNormal", "--objective", "ELBO",
+    )  # fmt: skip
+    digits = pyrovae.datasets.load("digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = VAE((8, 8), 3, (16,), activation="relu", prior="learnable").initialize_output(digits.train.x)
+        warmup = pyrovae.LinearWarmup(7, end=0.5)
+        run = pyrovae.fit(
+            model, AmortizedNormal(model), digits.train, validation=digits.validation, epochs=2, batch_size=200,
+            lr=0.01, objective=pyrovae.ELBO(particles=2, gradient="stl", beta=warmup, free_bits=0.1),
+            optimizer="adamw", schedule="linear", clip_norm=5.0, seed=4, device="cpu",
+            run_dir=tmp_path / "api", progress=False,
+        )  # fmt: skip
+    assert rows(tmp_path / "cli") == rows(tmp_path / "api")
+    assert json.loads((tmp_path / "cli/config.json").read_text()) == json.loads(
+        (tmp_path / "api/config.json").read_text()
+    )
+    assert said == {
+        "run_dir": str(tmp_path / "cli"),
+        "epochs": 2,
+        "best_epoch": None,
+        "bound_nats": run.history[-1]["bound"],
+        "validation_bound_nats": run.history[-1]["validation_bound"],
+        "kl_nats": run.history[-1]["kl"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("binarization", "likelihood"),
+    [("none", "continuous-bernoulli"), ("static", "bernoulli"), ("dynamic", "bernoulli")],
+)
+def test_likelihood_follows_binarization(tmp_path: Path, binarization: str, likelihood: str) -> None:
+    folder = trained(tmp_path / "run", "--binarization", binarization, "--epochs", "1")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["binarization"] == binarization
+    assert config["model"]["arguments"]["likelihood"] == likelihood
+
+
+def test_likelihood_that_is_asked_for(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run", "--binarization", "none", "--likelihood", "normal", "--network", "conv")
+    arguments = json.loads((folder / "config.json").read_text())["model"]["arguments"]
+    assert (arguments["likelihood"], arguments["network"]) == ("normal", "conv")
+
+
+def test_early_stopping_reports_the_best_epoch(tmp_path: Path) -> None:
+    said = answer(*DIGITS, "--run-dir", tmp_path / "run", "--epochs", 30, "--early-stopping", 1, "--lr", 0.3)
+    history = rows(tmp_path / "run")
+    best = max(history, key=lambda row: row["validation_bound"])
+    assert len(history) < 30
+    assert (said["best_epoch"], said["epochs"]) == (best["epoch"], len(history))
+    assert said["validation_bound_nats"] == best["validation_bound"]
+
+
+def test_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    straight = trained(tmp_path / "straight", "--epochs", "3")
+    stopped = trained(tmp_path / "stopped", "--epochs", "1")
+    assert len(rows(stopped)) == 1
+    said = answer(*DIGITS, "--run-dir", stopped, "--epochs", 3, "--resume")
+    assert said["epochs"] == 3
+    assert rows(stopped) == rows(straight)
+
+
+def test_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "Pass --resume to continue it" in complaint(*DIGITS, "--run-dir", folder)
+    assert "fit.lr 0.001 there, 0.5 here" in complaint(*DIGITS, "--run-dir", folder, "--resume", "--lr", 0.5)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    (folder / "training.pt").write_bytes(b"not a checkpoint")
+    assert "training.pt is truncated or corrupt" in complaint(*DIGITS, "--run-dir", folder, "--resume", "--epochs", 3)
+
+
+@pytest.mark.parametrize("extra", [(), ("--json",)])
+def test_ctrl_c_says_where_the_checkpoint_is(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    folder, steps = tmp_path / "run", 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = register_optimizer_step_post_hook(interrupt)
+    try:
+        result = call(*DIGITS, "--run-dir", folder, "--epochs", 2, *extra)
+    finally:
+        hook.remove()
+    line = f"fit interrupted; saved in {folder}; continue with --resume"
+    assert (result.exit_code, result.stderr) == (130, f"pyrovae: error: {line}\n")
+    assert result.stdout == "" if not extra else json.loads(result.stdout) == {"error": line}
+    assert answer(*DIGITS, "--run-dir", folder, "--epochs", 2, "--resume")["epochs"] == 2
+    assert rows(folder) == rows(trained(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--data", "digist"), "did you mean 'digits'?"),
+        (("--model", "VEA"), "did you mean 'VAE'?"),
+        (("--guide", "Amortised"), "unknown guide 'Amortised'"),
+        (("--objective", "ELBOW"), "did you mean 'ELBO'?"),
+        (("--gradient", "pathwize"), "did you mean 'pathwise'?"),
+        (("--gradient", "stl", "--kl", "analytic"), "Use --gradient pathwise with --kl analytic"),
+        (("--kl", "exact"), "unknown kl 'exact'"),
+        (("--likelihood", "poisson"), "unknown likelihood 'poisson'"),
+        (("--likelihood", "bernoulli", "--binarization", "none"), "use --likelihood continuous-bernoulli"),
+        (("--binarization", "often"), "allowed: none, static, dynamic"),
+        (("--activation", "rleu"), "unknown activation 'rleu'"),
+        (("--prior", "flat"), "unknown prior 'flat'"),
+        (("--network", "cnn"), "unknown network 'cnn'"),
+        (("--hidden", "16,wide"), "--hidden is '16,wide'"),
+        (("--hidden", "16,0"), "hidden is (16, 0)"),
+        (("--latent-dim", "0"), "--latent-dim"),
+        (("--epochs", "0"), "--epochs"),
+        (("--epochs", "1.5"), "--epochs"),
+        (("--batch-size", "-3"), "--batch-size"),
+        (("--lr", "0"), "lr is 0.0"),
+        (("--lr", "nan"), "lr is nan"),
+        (("--optimizer", "adm"), "unknown optimizer 'adm'"),
+        (("--schedule", "step"), "unknown schedule 'step'"),
+        (("--clip-norm", "0"), "clip_norm is 0.0"),
+        (("--early-stopping", "0"), "--early-stopping"),
+        (("--particles", "0"), "--particles"),
+        (("--beta", "-1"), "beta is -1.0"),
+        (("--beta", "-1", "--warmup", "5"), "end is -1.0"),
+        (("--warmup", "0"), "--warmup"),
+        (("--free-bits", "-0.5"), "free_bits is -0.5"),
+        (("--precision", "float16"), "precision is 'float16'"),
+        (("--device", "abacus"), "device is 'abacus'"),
+        (("--seed", "-1"), "--seed"),
+    ],
+)
+def test_bad_argument_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    assert said in complaint(*DIGITS, "--run-dir", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file; give a folder" in complaint(*DIGITS, "--run-dir", tmp_path / "file")
+    assert str(tmp_path / "file") in complaint(*DIGITS, "--run-dir", tmp_path / "file" / "below")
+
+
+def test_missing_data_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYROVAE_DATA", str(tmp_path / "nowhere"))
+    assert "PYROVAE_DATA" in complaint("train", "--data", "mnist", "--run-dir", tmp_path / "run")

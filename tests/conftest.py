@@ -1,0 +1,28 @@
+"""Shared by all tests: a fixed seed, an empty parameter store, no display."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import matplotlib
+import pyro
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Every test starts from the same random state and leaves nothing in Pyro's global store."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def skip_without_cuda(request: pytest.FixtureRequest) -> None:
+    """Tests marked ``cuda`` run where there is a device."""
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -188,10 +188,8 @@ def _collect(
     scale: float | Tensor = plate_scale
     first = next(iter(residual.values()), 1.0)
     if all(other is first or (isinstance(other, float) and other == first) for other in residual.values()):
-        scale, residual = (
-            plate_scale * first,
-            {},
-        )  # shared by all sites: a factor of the bound, not of a density
+        # Shared by all sites: a factor of the bound, not of a density.
+        scale, residual = plate_scale * first, {}
 
     batch_dims = nesting + (particles > 1)
     kept = sorted(frame.dim for frame in frames if frame.name != "particles")

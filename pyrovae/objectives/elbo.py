@@ -120,7 +120,7 @@ class ELBO(Objective):
 
         def total(per_particle: Tensor) -> Tensor:
             """Mean over the particles, sum over the data, scaled up from subsampled plates."""
-            return (weights.scale * per_particle).sum() / self.particles
+            return (weights.scale * per_particle.mean(0)).sum()
 
         log_q = weights.log_q
         if self.gradient == "score":  # E ∇ log q = 0, so log q inside the log-weight only adds noise

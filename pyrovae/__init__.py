@@ -11,7 +11,18 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from pyrovae import datasets, evaluation, guides, models, plots
-from pyrovae.objectives import ELBO, LinearWarmup, Objective
+from pyrovae.objectives import (
+    ELBO,
+    IWAE,
+    JVI,
+    TVO,
+    ForwardKL,
+    LinearWarmup,
+    Objective,
+    Renyi,
+    ReweightedWakeSleep,
+    WakeSleep,
+)
 from pyrovae.training import Run, fit, load
 from pyrovae.weights import LogWeights, log_weights
 
@@ -19,10 +30,17 @@ __version__ = version("pyrovae")
 
 __all__ = [
     "ELBO",
+    "IWAE",
+    "JVI",
+    "TVO",
+    "ForwardKL",
     "LinearWarmup",
     "LogWeights",
     "Objective",
+    "Renyi",
+    "ReweightedWakeSleep",
     "Run",
+    "WakeSleep",
     "datasets",
     "evaluation",
     "fit",

@@ -30,11 +30,14 @@ class Structure:
         max_plate_nesting: number of batch dimensions that plates occupy.
         reparameterized: for each latent site of the guide, whether it can be sampled with a pathwise gradient.
         observed: names of the observed sites of the model.
+        subsampled: names of the subsampled plates that some site is outside of, so that the weight of a particle is
+            not a product over their elements alone.
     """
 
     max_plate_nesting: int
     reparameterized: dict[str, bool]
     observed: tuple[str, ...]
+    subsampled: tuple[str, ...]
 
 
 def check(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Structure:
@@ -84,7 +87,14 @@ def check(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Structur
             if not site["is_observed"]
         },
         observed=tuple(name for name, site in model_sites.items() if site["is_observed"]),
+        subsampled=_subsampled_inside(both),
     )
+
+
+def _subsampled_inside(sites: list[Site]) -> tuple[str, ...]:
+    common = independent_frames(sites)
+    frames = {frame for site in sites for frame in site["cond_indep_stack"] if frame not in common}
+    return tuple(sorted({f.name for f in frames if f.full_size is not None and f.full_size != f.size}))
 
 
 class _CheckedReplay(ReplayMessenger):

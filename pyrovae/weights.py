@@ -26,6 +26,52 @@ __all__ = ["LogWeights", "log_weights"]
 Through = Literal["both", "path", "parameters"]
 
 
+class PathGate:
+    """The boundary between the guide's samples and all that is computed from them.
+
+    The model and the φ-fixed guide see each sample through the gate; the gradient that comes back through it is
+    multiplied by ``factor``, one number a particle and independent element. The guide's own sampling chain lies
+    outside, so a factor is unbiased for hierarchical guides too.
+    """
+
+    def __init__(self) -> None:
+        self.factor: Tensor | None = None
+        """`particles x *independent plates`, set by an objective before the backward pass; ``None`` for 1."""
+        self.layout: tuple[int, ...] = ()
+        """The batch dimensions, counted from the right, that the dimensions of ``factor`` stand for."""
+
+    def gated(self, trace: poutine.Trace, batch_dims: int) -> poutine.Trace:
+        """A copy of a guide's trace in which every sample is seen through the gate.
+
+        Args:
+            trace: of the guide.
+            batch_dims: number of batch dimensions of a site, the particles included.
+        """
+        trace = trace.copy()
+        for site in trace.nodes.values():
+            if site["type"] != "sample" or site["is_observed"] or not isinstance(site["value"], Tensor):
+                continue
+            if site["value"].requires_grad:
+                site["value"] = self._through(site["value"], batch_dims, site["fn"].event_dim)
+        return trace
+
+    def _through(self, value: Tensor, batch_dims: int, event_dim: int) -> Tensor:
+        seen = value.view_as(value)
+        missing = batch_dims + event_dim - value.dim()
+
+        def scaled(gradient: Tensor) -> Tensor:
+            if self.factor is None:
+                return gradient
+            shape = [1] * batch_dims
+            sizes = self.factor.shape if len(self.layout) == self.factor.dim() else self.factor.shape[1:]
+            for dim, size in zip(self.layout, sizes, strict=True):
+                shape[dim] = size
+            return gradient * self.factor.reshape(shape)[(0,) * missing].reshape(*shape[missing:], *[1] * event_dim)
+
+        seen.register_hook(scaled)
+        return seen
+
+
 @dataclass(frozen=True)
 class LogWeights:
     r"""Log-densities of K particles, per site, and the log-weights that they add up to.
@@ -45,6 +91,7 @@ class LogWeights:
         scale: factor to apply after the bound: full size over subsample size of the independent plates, times a
             ``poutine.scale`` that all sites share.
         plates: names and (subsample) sizes of the independent plates, in the order of the tensors' dimensions.
+        path: the gate that the gradient of each particle passes on its way back into the guide's samples.
     """
 
     log_likelihood: dict[str, Tensor]
@@ -53,6 +100,7 @@ class LogWeights:
     analytic_kl: dict[str, Tensor] = field(default_factory=dict)
     scale: float | Tensor = 1.0
     plates: tuple[tuple[str, int], ...] = ()
+    path: PathGate = field(default_factory=lambda: PathGate())
 
     @property
     def log_w(self) -> Tensor:
@@ -159,6 +207,9 @@ def log_weights(
 
     with _HoldSamples() if through == "parameters" else contextlib.nullcontext(), particle_plate():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    path = PathGate()
+    if through == "path":
+        guide_trace = path.gated(guide_trace, batch_dims=max_plate_nesting + (particles > 1))
     with particle_plate():
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     if through == "path":
@@ -167,13 +218,16 @@ def log_weights(
             guide_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     closed = _closed_form_kl(model_sites, guide_sites) if kl == "analytic" else {}
-    return _collect(model_sites, guide_sites, closed, particles, max_plate_nesting, need_log_q=through == "parameters")
+    return _collect(
+        model_sites, guide_sites, closed, path, particles, max_plate_nesting, need_log_q=through == "parameters"
+    )
 
 
 def _collect(
     model: dict[str, Site],
     guide: dict[str, Site],
     closed: dict[str, Tensor],
+    path: PathGate,
     particles: int,
     nesting: int,
     need_log_q: bool,
@@ -204,6 +258,8 @@ def _collect(
         log_prob = log_prob.sum(drop) if drop else log_prob
         return log_prob if particles > 1 else log_prob.unsqueeze(0)
 
+    path.layout = tuple(keep)
+
     def density(site: Site) -> Tensor:
         return reduce(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), site)
 
@@ -213,6 +269,7 @@ def _collect(
         log_prior={name: density(site) for name, site in latent.items()},
         log_guide={name: density(site) for name, site in guide.items() if need_log_q or name not in closed},
         analytic_kl={name: reduce(value, guide[name]) for name, value in closed.items()},
+        path=path,
         scale=scale,
         plates=tuple((frame.name, frame.size) for frame in sorted(frames, key=lambda frame: frame.dim)),
     )

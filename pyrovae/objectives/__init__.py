@@ -8,6 +8,25 @@ from __future__ import annotations
 
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import ELBO
+from pyrovae.objectives.iwae import IWAE
+from pyrovae.objectives.jvi import JVI
+from pyrovae.objectives.multisample import MultiSample
+from pyrovae.objectives.renyi import Renyi
 from pyrovae.objectives.schedules import LinearWarmup
+from pyrovae.objectives.tvo import TVO
+from pyrovae.objectives.wake_sleep import ForwardKL, ReweightedWakeSleep, WakeSleep
 
-__all__ = ["ELBO", "Estimate", "LinearWarmup", "Objective"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "JVI",
+    "TVO",
+    "Estimate",
+    "ForwardKL",
+    "LinearWarmup",
+    "MultiSample",
+    "Objective",
+    "Renyi",
+    "ReweightedWakeSleep",
+    "WakeSleep",
+]

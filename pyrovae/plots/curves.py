@@ -108,9 +108,13 @@ def bound_parts(history: History, ax: Axes | None = None) -> Axes:
         dashes = (0, (1 + 2 * (index // 4), 1.5))
         colour = PALETTE[3 + index % 4]
         lines += right.plot(epochs, values, color=colour, linestyle=dashes, label=label, **_marker(values))
+    # The KL below and the likelihood above: on scales of their own the two would often coincide.
+    top = max(value for value in divergence if value == value)
     if not lowest < 0:
         # From zero, so that a collapsed posterior is seen as one; Monte Carlo estimates may fall below.
-        right.set_ylim(bottom=0.0)
+        right.set_ylim(0.0, 2.2 * top if top > 0 else 1.0)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 1.1 * (high - low), high)
     # Above the curves: these two nearly always cross or fill the corners.
     ax.legend(handles=lines, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return ax

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.distributions import Bernoulli, Categorical256
+from pyrovae.distributions import Categorical256
 
 __all__ = ["LIKELIHOODS", "Likelihood"]
 
@@ -67,7 +67,7 @@ def _categorical_logits(mean: Tensor) -> Tensor:
 LIKELIHOODS: dict[str, Likelihood] = {
     "bernoulli": Likelihood(
         outputs=1,
-        distribution=lambda out, scale: Bernoulli(logits=out),
+        distribution=lambda out, scale: dist.Bernoulli(logits=out),
         bias=_logit,
         support=constraints.boolean,
         advice="Binarize the data (datasets.load(…, binarization='dynamic' or 'static')), or use"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pyrovae.distributions.bernoulli import Bernoulli
 from pyrovae.distributions.categorical256 import Categorical256
 
-__all__ = ["Bernoulli", "Categorical256"]
+__all__ = ["Categorical256"]

@@ -25,7 +25,7 @@ from pyrovae.weights import LogWeights, log_weights
 __all__ = ["LogLikelihood", "effective_sample_size", "log_likelihood"]
 
 # Numbers that one pass holds at its widest. On a CPU a pass should stay in the cache, on a GPU it should fill it.
-_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 _POINTS = 100  # data points that are encoded together
 
 
@@ -191,7 +191,7 @@ def _power_sums(
     """``log Σ w`` and ``log Σ w²`` over the particles for each data point of a minibatch, chunk by chunk."""
     propose = _proposal(guide, batch)
     widest = max(part.numel() for part in batch)
-    chunk = max(1, min(particles, _ELEMENTS.get(batch[0].device.type, 2**21) // widest))
+    chunk = max(1, min(particles, _ELEMENTS.get(batch[0].device.type, _ELEMENTS["cpu"]) // widest))
     first: Tensor | None = None
     second: Tensor | None = None
     for start in range(0, particles, chunk):

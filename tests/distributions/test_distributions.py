@@ -1,34 +1,13 @@
-"""Our distributions: normalised, and equal to torch's where torch has them."""
+"""Our distributions: normalised, and in agreement with torch's."""
 
 from __future__ import annotations
 
-import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrovae.distributions import Bernoulli, Categorical256
+from pyrovae.distributions import Categorical256
 
 LEVELS = torch.arange(256) / 255
-
-
-def test_bernoulli_equals_torch_in_value_and_gradient():
-    logits = torch.linspace(-12, 12, 41, dtype=torch.float64, requires_grad=True)
-    for x in (0.0, 1.0):
-        ours = Bernoulli(logits=logits).log_prob(torch.tensor(x, dtype=torch.float64))
-        theirs = dist.Bernoulli(logits=logits).log_prob(torch.tensor(x, dtype=torch.float64))
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(
-            torch.autograd.grad(ours.sum(), logits)[0], torch.autograd.grad(theirs.sum(), logits)[0]
-        )
-
-
-def test_bernoulli_stays_a_bernoulli_when_expanded_and_sums_to_one():
-    expanded = Bernoulli(logits=torch.tensor(0.7)).expand([3]).to_event(1)
-    assert isinstance(expanded.base_dist, Bernoulli)
-    total = sum(Bernoulli(probs=torch.tensor(0.2)).log_prob(torch.tensor(x)).exp() for x in (0.0, 1.0))
-    torch.testing.assert_close(total, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="support"):
-        Bernoulli(logits=torch.tensor(0.0), validate_args=True).log_prob(torch.tensor(0.5))
 
 
 def test_categorical256_is_normalised_and_equals_torchs_categorical():

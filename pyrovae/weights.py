@@ -87,7 +87,8 @@ class LogWeights:
         log_prior: ``log p(z | …)`` of each latent site of the model.
         log_guide: ``log q(z | …)`` of each latent site of the guide.
         analytic_kl: ``KL(q ‖ p)`` of the latent sites where a closed form was asked for and is valid; it stands
-            for ``log_guide − log_prior`` of these sites in ``log_w`` and ``kl``.
+            for ``log_guide − log_prior`` of these sites in ``log_w`` and ``kl``. Where it is the same for all
+            particles, it is computed once, and its first dimension is 1.
         scale: factor to apply after the bound: full size over subsample size of the independent plates, times a
             ``poutine.scale`` that all sites share.
         plates: names and (subsample) sizes of the independent plates, in the order of the tensors' dimensions.
@@ -110,7 +111,7 @@ class LogWeights:
         return _total([*self.log_likelihood.values(), *prior.values()]) - _total(minus)
 
     def _sampled(self, densities: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in densities.items() if name not in self.analytic_kl}
+        return {name: value for name, value in densities.items() if _owner(name) not in self.analytic_kl}
 
     @property
     def log_q(self) -> Tensor:
@@ -131,12 +132,17 @@ class LogWeights:
         prior, guide = self._sampled(self.log_prior), self._sampled(self.log_guide)
         joint = {name: guide.get(name, 0.0) - log_p for name, log_p in prior.items()}
         auxiliary = {name: log_q for name, log_q in guide.items() if name not in prior}
-        owners = {name: name.removesuffix("_unconstrained") for name in auxiliary}
+        owners = {name: _owner(name) for name in auxiliary}
         if not all(owner in joint for owner in owners.values()):
             return {**self.analytic_kl, "latent": _total([*joint.values(), *auxiliary.values()])}
         for name, log_q in auxiliary.items():
             joint[owners[name]] = joint[owners[name]] + log_q
         return {**self.analytic_kl, **joint}
+
+
+def _owner(name: str) -> str:
+    """The model's site that an auxiliary site of Pyro's ``AutoNormal`` and its like stands for."""
+    return name.removesuffix("_unconstrained")
 
 
 def _total(tensors: Iterable[Tensor]) -> Tensor:
@@ -205,19 +211,20 @@ def log_weights(
             return contextlib.nullcontext()
         return pyro.plate("particles", particles, dim=-max_plate_nesting - 1)
 
-    with _HoldSamples() if through == "parameters" else contextlib.nullcontext(), particle_plate():
+    q, p = _Distributions(), _Distributions()
+    with _HoldSamples() if through == "parameters" else contextlib.nullcontext(), particle_plate(), q:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     path = PathGate()
     if through == "path":
         guide_trace = path.gated(guide_trace, batch_dims=max_plate_nesting + (particles > 1))
-    with particle_plate():
+    with particle_plate(), p:
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     if through == "path":
         with _held_fixed(_parameters(guide, guide_trace)), particle_plate():
             replayed = poutine.replay(guide, trace=guide_trace)
             guide_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-    closed = _closed_form_kl(model_sites, guide_sites) if kl == "analytic" else {}
+    closed = _closed_form_kl(model_sites, guide_sites, p.found, q.found) if kl == "analytic" else {}
     return _collect(
         model_sites, guide_sites, closed, path, particles, max_plate_nesting, need_log_q=through == "parameters"
     )
@@ -261,13 +268,19 @@ def _collect(
     path.layout = tuple(keep)
 
     def density(site: Site) -> Tensor:
-        return reduce(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), site)
+        try:
+            return reduce(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), site)
+        except NotImplementedError as error:
+            raise ModelGuideError(
+                f"site {site['name']!r} has no density at a given value ({type(site['fn']).__name__}: {error}); a flow"
+                " without an inverse knows that of its own draws alone. Use gradient='pathwise', which needs no other."
+            ) from error
 
     latent = {name: site for name, site in model.items() if not site["is_observed"] and name not in closed}
     return LogWeights(
         log_likelihood={name: density(site) for name, site in model.items() if site["is_observed"]},
         log_prior={name: density(site) for name, site in latent.items()},
-        log_guide={name: density(site) for name, site in guide.items() if need_log_q or name not in closed},
+        log_guide={name: density(site) for name, site in guide.items() if need_log_q or _owner(name) not in closed},
         analytic_kl={name: reduce(value, guide[name]) for name, value in closed.items()},
         path=path,
         scale=scale,
@@ -280,7 +293,9 @@ def _residual_scales(sites: list[Site], plate_scale: float) -> dict[int, float |
     return {id(site): site["scale"] if plate_scale == 1.0 else site["scale"] / plate_scale for site in sites}
 
 
-def _closed_form_kl(model: dict[str, Site], guide: dict[str, Site]) -> dict[str, Tensor]:
+def _closed_form_kl(
+    model: dict[str, Site], guide: dict[str, Site], p: dict[str, Any], q: dict[str, Any]
+) -> dict[str, Tensor]:
     """``KL(q ‖ p)`` of each latent site that has one and where it is unbiased for the sampled log-ratio.
 
     The prior of a site may depend on every latent that the model draws before it. Averaging ``log q − log p``
@@ -290,26 +305,52 @@ def _closed_form_kl(model: dict[str, Site], guide: dict[str, Site]) -> dict[str,
     guide_order = list(guide)
     closed = {}
     for name in model_order:
-        if name not in guide:
+        drawn = _drawn_as(name, guide, p[name])
+        if drawn is None:
             continue
-        before_in_guide = set(guide_order[: guide_order.index(name)])
+        before_in_guide = {_owner(other) for other in guide_order[: guide_order.index(drawn)]}
         same_order = set(model_order[: model_order.index(name)]) <= before_in_guide
-        p, q = model[name], guide[name]
-        same_scale = p["scale"] is q["scale"] or (isinstance(p["scale"], float) and p["scale"] == q["scale"])
-        if not (same_order and same_scale and p["mask"] is q["mask"]):
+        prior, posterior = model[name], guide[drawn]
+        scales = prior["scale"], posterior["scale"]
+        same_scale = scales[0] is scales[1] or (isinstance(scales[0], float) and scales[0] == scales[1])
+        if not (same_order and same_scale and prior["mask"] is posterior["mask"]):
             continue
-        if _is_delta(q["fn"]):
-            continue  # Pyro's KL of a Delta leaves out its log-density, the Jacobian that autoguides keep there
         with contextlib.suppress(NotImplementedError):
-            shape = torch.broadcast_shapes(q["fn"].batch_shape, p["fn"].batch_shape)  # some of torch's KLs need it
-            closed[name] = torch.distributions.kl_divergence(q["fn"].expand(shape), p["fn"].expand(shape))
+            shape = torch.broadcast_shapes(q[drawn].batch_shape, p[name].batch_shape)  # some of torch's KLs need it
+            closed[name] = torch.distributions.kl_divergence(q[drawn].expand(shape), p[name].expand(shape))
     return closed
+
+
+def _drawn_as(name: str, guide: dict[str, Site], prior: Any) -> str | None:
+    """The guide's site whose distribution is that of the latent, or ``None`` where there is none.
+
+    Pyro's KL of a Delta leaves out its log-density, so a Delta has no closed form. ``AutoNormal`` and its like sample
+    an unconstrained auxiliary site and put a Delta at its transform; on real support the transform is the identity.
+    """
+    if name in guide and not _is_delta(guide[name]["fn"]):
+        return name
+    auxiliary = f"{name}_unconstrained"
+    support = prior.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return auxiliary if auxiliary in guide and support is torch.distributions.constraints.real else None
 
 
 def _is_delta(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, pyro.distributions.Delta)
+
+
+class _Distributions(Messenger):
+    """Notes the distribution of each site before the particle plate, outside, expands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        self.found[msg["name"]] = msg["fn"]
 
 
 class _HoldSamples(Messenger):

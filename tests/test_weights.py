@@ -253,8 +253,10 @@ def test_closed_form_kl_equals_the_mean_of_the_sampled_one():
     assert ((sampled.mean(0) - closed).abs() < 4 * error).all()  # a false alarm once in 4 000 seeds
 
 
-@pytest.mark.parametrize(("autoguide", "sites"), [(AutoNormal, {"w", "s"}), (AutoDiagonalNormal, {"latent"})])
-def test_kl_of_autoguides_counts_auxiliary_sites_and_jacobians(autoguide, sites):
+@pytest.mark.parametrize(
+    ("autoguide", "sites", "closed"), [(AutoNormal, {"w", "s"}, {"w"}), (AutoDiagonalNormal, {"latent"}, set())]
+)
+def test_kl_of_autoguides_counts_auxiliary_sites_and_jacobians(autoguide, sites, closed):
     def model(x):
         w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
         s = pyro.sample("s", dist.LogNormal(torch.zeros(()), 1.0))
@@ -266,7 +268,47 @@ def test_kl_of_autoguides_counts_auxiliary_sites_and_jacobians(autoguide, sites)
         weights = log_weights(model, guide, X, particles=4, kl=kl)
         assert set(weights.kl()) == sites
         torch.testing.assert_close(weights.log_w, weights.reconstruction - sum(weights.kl().values()))
-        assert not weights.analytic_kl  # a Delta of a transformed sample has no closed form worth the name
+        # On real support AutoNormal's auxiliary site is the latent; s is a transform of its own, whose Delta has none.
+        assert set(weights.analytic_kl) == (closed if kl == "analytic" else set())
+
+
+def test_closed_form_kl_under_autonormal_is_that_of_its_parameters_and_computed_once():
+    guide = AutoNormal(global_model)
+    kl = log_weights(global_model, guide, X, particles=7, kl="analytic").analytic_kl["w"]
+    assert kl.shape == (1,)
+    q = dist.Normal(guide.locs.w, guide.scales.w)
+    torch.testing.assert_close(kl[0], torch.distributions.kl_divergence(q, dist.Normal(0.0, 1.0)))
+    # What depends on another latent differs between the particles, and is computed for each.
+    in_order = log_weights(top_down_model, lambda x: top_down_guide(x), X, particles=7, kl="analytic").analytic_kl
+    assert {name: value.shape for name, value in in_order.items()} == {"z2": (1, 4), "z1": (7, 4)}
+
+
+def top_down_guide(x):
+    with pyro.plate("data", len(x)):
+        z2 = pyro.sample("z2", dist.Normal(0.4 * x, 0.7))
+        pyro.sample("z1", dist.Normal(0.8 * z2 + 0.1 * x, 0.6))
+
+
+def test_a_guide_that_cannot_score_a_given_value_is_told_what_to_use():
+    class OneWay(dist.Normal):
+        """A density that is known at its own last draw alone, as that of a flow without an inverse."""
+
+        def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+            self.drawn = super().rsample(sample_shape)
+            return self.drawn
+
+        def log_prob(self, value):
+            if value is not getattr(self, "drawn", None):
+                raise NotImplementedError("no inverse")
+            return super().log_prob(value)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", OneWay(pyro.param("a", torch.tensor(0.5)) * x, 0.7))
+
+    assert log_weights(local_model, guide, X, through="both").log_w.isfinite().all()
+    with pytest.raises(ModelGuideError, match=r"'z' has no density at a given value.*Use gradient='pathwise'"):
+        log_weights(local_model, guide, X, through="path")
 
 
 # --- what does not fit ---------------------------------------------------------------------------------------

@@ -102,9 +102,30 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_OBJECTIVE,
-            help="Estimator: pathwise (reparameterization), stl (sticking the landing, less noise near the optimum),"
-            " score (REINFORCE).",
-            show_default="pathwise",
+            help="Estimator: pathwise (reparameterization); stl (sticking the landing, ELBO, less noise near the"
+            " optimum); dreg (doubly reparameterized, for several particles); score (REINFORCE); vimco; or auto, the"
+            " best that is defined.",
+            show_default="the objective's own",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_OBJECTIVE, help="Order of Renyi: 0 is IWAE, 1 the ELBO.", show_default="none"),
+    ] = None,
+    order: Annotated[
+        int | None,
+        typer.Option(min=0, rich_help_panel=_OBJECTIVE, help="Order of the jackknife of JVI.", show_default="1"),
+    ] = None,
+    partitions: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=_OBJECTIVE, help="Intervals of TVO's integral.", show_default="5"),
+    ] = None,
+    wake: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_OBJECTIVE,
+            help="Share of the wake phase in ReweightedWakeSleep, 0 (sleep alone) to 1.",
+            show_default="1.0",
         ),
     ] = None,
     kl: Annotated[
@@ -214,7 +235,7 @@ def train(
 
     pyrovae train --data digits --activation relu --gradient stl --epochs 300
 
-    pyrovae train --data mnist --latent-dim 50 --early-stopping 20
+    pyrovae train --data mnist --latent-dim 50 --objective IWAE --particles 5 --gradient dreg --early-stopping 20
     """
     import torch
 
@@ -222,9 +243,9 @@ def train(
     from pyrovae import registry
 
     beta_or_schedule = beta if warmup is None else pyrovae.LinearWarmup(warmup, end=1.0 if beta is None else beta)
-    bound = registry.OBJECTIVES.build(
-        _described(objective, particles=particles, gradient=gradient, kl=kl, beta=beta_or_schedule, free_bits=free_bits)
-    )
+    chosen = {"particles": particles, "gradient": gradient, "kl": kl, "beta": beta_or_schedule, "free_bits": free_bits}
+    special = {"alpha": alpha, "order": order, "partitions": partitions, "wake": wake}
+    bound = registry.OBJECTIVES.build(_described(objective, **chosen, **special))
     registry.MODELS[model], registry.GUIDES[guide]  # names are cheaper to check than data to load
     splits = pyrovae.datasets.load(data, binarization=binarization)
     torch.manual_seed(seed)

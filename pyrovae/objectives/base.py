@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from pyrovae.errors import ArgumentError
 from pyrovae.structure import Program, Structure, check
+from pyrovae.weights import LogWeights, Through, log_weights
 
 __all__ = ["Estimate", "Objective"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Objective(PyroELBO):
     """
 
     step: Tensor
+    gradient: str | None = None
+    """The gradient estimator as it was asked for; ``"auto"`` for the best one that is defined for the guide."""
+    estimator: str | None = None
+    """The estimator in use: ``gradient``, or what ``"auto"`` chose when it saw model and guide."""
 
     def __init__(self, particles: int = 1) -> None:
         if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
@@ -70,9 +78,31 @@ class Objective(PyroELBO):
         """The checked structure of model and guide; they are run and checked the first time they are seen."""
         if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
             structure = check(model, guide, *args, **kwargs)
+            self.estimator = self.choose(structure) if self.gradient == "auto" else self.gradient
+            if self.gradient == "auto":
+                logger.info("%s: gradient='auto' is %r for this guide", type(self).__name__, self.estimator)
             self.accept(structure)
             self._checked = (model, guide, structure)
         return self._checked[2]
+
+    def weights(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        through: Through,
+        kl: Literal["sampled", "analytic"] = "sampled",
+    ) -> LogWeights:
+        """The log-weights of K particles; see :func:`pyrovae.log_weights`. Call :meth:`structure` first."""
+        nesting = self.structure(model, guide, *args, **kwargs).max_plate_nesting
+        return log_weights(
+            model, guide, *args, particles=self.particles, through=through, kl=kl, max_plate_nesting=nesting, **kwargs
+        )
+
+    def choose(self, structure: Structure) -> str | None:
+        """The estimator that ``gradient="auto"`` stands for, with a model and guide of that structure."""
+        return self.gradient
 
     def accept(self, structure: Structure) -> None:
         """Raises an error when this objective is not defined for a model and guide of that structure."""

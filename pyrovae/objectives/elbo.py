@@ -13,11 +13,11 @@ from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.schedules import LinearWarmup
 from pyrovae.registry import OBJECTIVES
 from pyrovae.structure import Program, Structure
-from pyrovae.weights import LogWeights, Through, log_weights
+from pyrovae.weights import LogWeights, Through
 
 __all__ = ["ELBO"]
 
-Gradient = Literal["pathwise", "stl", "score"]
+Gradient = Literal["auto", "pathwise", "stl", "score"]
 KL = Literal["sampled", "analytic"]
 Coefficient = float | LinearWarmup
 
@@ -39,7 +39,9 @@ class ELBO(Objective):
         particles: number K of particles.
         gradient: ``"pathwise"`` (reparameterization); ``"stl"`` (sticking the landing: the guide's parameters are
             held fixed inside ``log q``, so that the variance vanishes where the guide equals the posterior);
-            ``"score"`` (REINFORCE, for any guide, discrete too, with a leave-one-out baseline when K > 1).
+            ``"score"`` (REINFORCE, for any guide, discrete too, with a leave-one-out baseline when K > 1); ``"auto"``:
+            sticking the landing where every site of the guide can be reparameterized (pathwise with a closed-form KL),
+            else the score function.
         kl: ``"sampled"`` (``log q − log p`` at the particles) or ``"analytic"`` (the closed form, at each site
             where one is registered and unbiased; the others stay sampled).
         beta: coefficient of the KL: a number, a schedule, or a dictionary of these by site (others get 1).
@@ -80,8 +82,8 @@ class ELBO(Objective):
         free_bits: float | Mapping[str, float] = 0.0,
     ) -> None:
         super().__init__(particles)
-        if gradient not in _ROUTES:
-            raise unknown_name("gradient", gradient, _ROUTES)
+        if gradient not in get_args(Gradient):
+            raise unknown_name("gradient", gradient, get_args(Gradient))
         if kl not in get_args(KL):
             raise unknown_name("kl", kl, get_args(KL))
         if gradient == "stl" and kl == "analytic":
@@ -94,42 +96,39 @@ class ELBO(Objective):
         self.beta = _per_site("beta", beta, default=1.0)
         self.free_bits = _per_site("free_bits", free_bits, default=0.0)
 
+    def choose(self, structure: Structure) -> str:
+        """Sticking the landing where it is defined, else pathwise, else the score function."""
+        if not all(structure.reparameterized.values()):
+            return "score"
+        return "pathwise" if self.analytic == "analytic" else "stl"
+
     def accept(self, structure: Structure) -> None:
         """Refuses a pathwise gradient through a site that has none."""
         stuck = [name for name, pathwise in structure.reparameterized.items() if not pathwise]
-        if stuck and self.gradient != "score":
+        if stuck and self.estimator != "score":
             raise ArgumentError(
-                f"gradient={self.gradient!r} needs a guide that can be reparameterized, and these sites cannot:"
+                f"gradient={self.estimator!r} needs a guide that can be reparameterized, and these sites cannot:"
                 f" {', '.join(map(repr, stuck))}. Use ELBO(gradient='score', particles=8) or another number of"
                 " particles above 1, or sum discrete sites out with pyro.infer.TraceEnum_ELBO."
             )
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Draws the particles once and returns the loss, the bound and its parts; see :class:`Objective`."""
-        structure = self.structure(model, guide, *args, **kwargs)
-        weights = log_weights(
-            model,
-            guide,
-            *args,
-            particles=self.particles,
-            through=_ROUTES[self.gradient],
-            kl=self.analytic,
-            max_plate_nesting=structure.max_plate_nesting,
-            **kwargs,
-        )
+        self.structure(model, guide, *args, **kwargs)
+        weights = self.weights(model, guide, args, kwargs, _ROUTES[str(self.estimator)], self.analytic)
 
         def total(per_particle: Tensor) -> Tensor:
             """Mean over the particles, sum over the data, scaled up from subsampled plates."""
             return (weights.scale * per_particle.mean(0)).sum()
 
         log_q = weights.log_q
-        if self.gradient == "score":  # E ∇ log q = 0, so log q inside the log-weight only adds noise
+        if self.estimator == "score":  # E ∇ log q = 0, so log q inside the log-weight only adds noise
             held = {name: value.detach() for name, value in weights.log_guide.items()}
             weights = dataclasses.replace(weights, log_guide=held)
         kl = weights.kl()
         integrand, floor = self._reweighted(weights, kl)
         loss = -total(integrand)
-        if self.gradient == "score":
+        if self.estimator == "score":
             loss = loss - _score_term(total, integrand.detach(), log_q)
         return Estimate(
             loss=loss if floor is None else loss + total(floor),

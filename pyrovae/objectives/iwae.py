@@ -25,7 +25,8 @@ class IWAE(MultiSample):
     Args:
         particles: number K of particles.
         gradient: ``"dreg"`` (doubly reparameterized), ``"pathwise"``, ``"vimco"`` or ``"score"`` (the last two for any
-            guide, discrete too); see :class:`pyrovae.objectives.multisample.MultiSample`.
+            guide, discrete too), or ``"auto"`` for the best that is defined; the formulas stand at
+            :class:`pyrovae.objectives.MultiSample`.
 
     Raises:
         ArgumentError: an argument is out of range; at the first evaluation, a guide that the gradient is not defined

@@ -26,7 +26,9 @@ class JVI(MultiSample):
         c_j = (-1)^j \frac{(K - j)^m}{(m - j)!\, j!}
 
     where the bar is the mean of the IWAE bound over all subsets of K − j of the particles. Its bias is O(K^−(m+1))
-    instead of the O(1/K) of IWAE (m = 0); it is no longer a lower bound for m > 0.
+    instead of the O(1/K) of IWAE (m = 0). For m > 0 it is no longer a lower bound, and a guide that is trained on it
+    can raise it without limit by weights of heavy tails: train on IWAE, and use the jackknife to evaluate (in Nowozin's
+    table 1 training on it is not better either).
 
     Args:
         particles: number K of particles, above ``order``.

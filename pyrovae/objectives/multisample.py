@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae.errors import ArgumentError, ModelGuideError, unknown_name
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.structure import Program, Structure
-from pyrovae.weights import LogWeights, Through, log_weights
+from pyrovae.weights import LogWeights, Through
 
 __all__ = ["MultiSample", "log_mean_exp"]
 
@@ -44,7 +44,8 @@ class MultiSample(Objective):
 
     Args:
         particles: number K of particles.
-        gradient: name of the estimator.
+        gradient: name of the estimator, or ``"auto"``: ``"dreg"`` where every site of the guide can be reparameterized,
+            else ``"vimco"`` (``"score"`` where that is not defined).
 
     Example:
         >>> class Median(MultiSample):   # a bound of one's own: the median of the log-weights
@@ -62,8 +63,8 @@ class MultiSample(Objective):
 
     def __init__(self, particles: int, gradient: str) -> None:
         super().__init__(particles)
-        if gradient not in self.gradients:
-            raise unknown_name(f"gradient of {type(self).__name__}", gradient, self.gradients)
+        if gradient not in (*self.gradients, "auto"):
+            raise unknown_name(f"gradient of {type(self).__name__}", gradient, (*self.gradients, "auto"))
         if gradient == "vimco" and particles < 2:
             raise ArgumentError("gradient='vimco' compares a particle with the others; it needs particles=2 or more")
         self.gradient = gradient
@@ -76,6 +77,13 @@ class MultiSample(Objective):
         """``c_k`` and ``c_k − ∂c_k/∂log w_k``, both like ``log_w``."""
         raise ArgumentError(f"gradient='dreg' is not defined for {type(self).__name__}")
 
+    def choose(self, structure: Structure) -> str:
+        """Doubly reparameterized where that is defined, else VIMCO, else the score function."""
+        wanted = ["vimco", "score"] if self.particles > 1 else ["score"]
+        if all(structure.reparameterized.values()):
+            wanted = ["dreg", "pathwise", *wanted]
+        return next(name for name in wanted if name in self.gradients)
+
     def accept(self, structure: Structure) -> None:
         """Refuses subsampled data inside shared latents, and a pathwise gradient through a site that has none."""
         name = type(self).__name__
@@ -87,11 +95,11 @@ class MultiSample(Objective):
                 f" that {name} of it is no bound. Use all data at once (no subsampling), or ELBO, which stays unbiased."
             )
         stuck = [site for site, pathwise in structure.reparameterized.items() if not pathwise]
-        if stuck and _ROUTES[self.gradient] != "parameters":
+        if stuck and _ROUTES[str(self.estimator)] != "parameters":
             others = [g for g in self.gradients if _ROUTES[g] == "parameters"]
             advice = f"gradient={others[-1]!r}" if others else "ELBO(gradient='score')"
             raise ArgumentError(
-                f"gradient={self.gradient!r} needs a guide that can be reparameterized, and these sites cannot:"
+                f"gradient={self.estimator!r} needs a guide that can be reparameterized, and these sites cannot:"
                 f" {', '.join(map(repr, stuck))}. Use {advice}."
             )
 
@@ -100,25 +108,17 @@ class MultiSample(Objective):
 
         The parts are those of the ELBO at the same particles: the expected log-likelihood and the KL of each site.
         """
-        structure = self.structure(model, guide, *args, **kwargs)
-        weights = log_weights(
-            model,
-            guide,
-            *args,
-            particles=self.particles,
-            through=_ROUTES[self.gradient],
-            max_plate_nesting=structure.max_plate_nesting,
-            **kwargs,
-        )
+        self.structure(model, guide, *args, **kwargs)
+        weights = self.weights(model, guide, args, kwargs, _ROUTES[str(self.estimator)])
         log_w = weights.log_w
         bound = self.bound(log_w)
         objective = bound
-        if self.gradient == "dreg":
+        if self.estimator == "dreg":
             c, doubly = self.sensitivities(log_w.detach())
             weights.path.factor = torch.where(c == 0.0, 0.0, doubly / c)
-        elif self.gradient in ("score", "vimco"):
+        elif self.estimator in ("score", "vimco"):
             # log q inside the bound is part of its value, but its own gradient has to stay: E Σ c_k ∇ log w_k.
-            signal = bound.detach() - (self.left_out(log_w.detach()) if self.gradient == "vimco" else 0.0)
+            signal = bound.detach() - (self.left_out(log_w.detach()) if self.estimator == "vimco" else 0.0)
             term = (signal * weights.log_q).sum(0)
             objective = bound + term - term.detach()
         return Estimate(

@@ -13,7 +13,6 @@ from pyrovae.objectives.base import Estimate
 from pyrovae.objectives.multisample import MultiSample, elbo_parts
 from pyrovae.registry import OBJECTIVES
 from pyrovae.structure import Program
-from pyrovae.weights import log_weights
 
 __all__ = ["TVO"]
 
@@ -102,16 +101,7 @@ class TVO(MultiSample):
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Draws the particles once and returns the loss, the bound and its parts; see :class:`Objective`."""
-        structure = self.structure(model, guide, *args, **kwargs)
-        weights = log_weights(
-            model,
-            guide,
-            *args,
-            particles=self.particles,
-            through="parameters",
-            max_plate_nesting=structure.max_plate_nesting,
-            **kwargs,
-        )
+        weights = self.weights(model, guide, args, kwargs, "parameters")
         log_w = weights.log_w
         held = log_w.detach()
         left, width, share = self._shares(held)

@@ -14,7 +14,6 @@ from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.multisample import MultiSample, elbo_parts, log_mean_exp
 from pyrovae.registry import OBJECTIVES
 from pyrovae.structure import Program, sample_sites
-from pyrovae.weights import LogWeights, log_weights
 
 __all__ = ["ForwardKL", "ReweightedWakeSleep", "WakeSleep", "simulated"]
 
@@ -94,16 +93,10 @@ class ForwardKL(Objective):
     def __init__(self, particles: int = 1) -> None:
         super().__init__(particles)
 
-    def _weights(self, model: Program, guide: Program, args: Any, kwargs: Any) -> LogWeights:
-        nesting = self.structure(model, guide, *args, **kwargs).max_plate_nesting
-        return log_weights(
-            model, guide, *args, particles=self.particles, through="parameters", max_plate_nesting=nesting, **kwargs
-        )
-
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """The sleep loss, and the ELBO of the data for reporting; see :class:`Objective`."""
         with torch.no_grad():
-            weights = self._weights(model, guide, args, kwargs)
+            weights = self.weights(model, guide, args, kwargs, "parameters")
         bound = (weights.scale * weights.log_w.mean(0)).sum()
         return Estimate(loss=simulated(model, guide, args, kwargs), bound=bound, **elbo_parts(weights))
 
@@ -136,7 +129,7 @@ class WakeSleep(ForwardKL):
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """The wake and the sleep loss together; see :class:`Objective`."""
-        weights = self._weights(model, guide, args, kwargs)
+        weights = self.weights(model, guide, args, kwargs, "parameters")
 
         def total(per_particle: Tensor) -> Tensor:
             return (weights.scale * per_particle.mean(0)).sum()
@@ -165,7 +158,7 @@ class ReweightedWakeSleep(MultiSample):
     Args:
         particles: number K of particles, at least 2.
         wake: share λ of the wake phase in the guide's gradient, from 0 (sleep alone) to 1.
-        gradient: of the wake phase: ``"score"``, or ``"dreg"`` for guides that can be reparameterized.
+        gradient: of the wake phase: ``"score"``, ``"dreg"`` for guides that can be reparameterized, or ``"auto"``.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -200,19 +193,11 @@ class ReweightedWakeSleep(MultiSample):
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Both phases; see :class:`Objective`."""
-        structure = self.structure(model, guide, *args, **kwargs)
-        weights = log_weights(
-            model,
-            guide,
-            *args,
-            particles=self.particles,
-            through="path" if self.gradient == "dreg" else "parameters",
-            max_plate_nesting=structure.max_plate_nesting,
-            **kwargs,
-        )
+        self.structure(model, guide, *args, **kwargs)
+        weights = self.weights(model, guide, args, kwargs, "path" if self.estimator == "dreg" else "parameters")
         log_w = weights.log_w
         share = log_w.detach().softmax(0)
-        if self.gradient == "dreg":  # φ moves by the path alone: E w̃ ∇ log q = E w̃ (1 − w̃) ∂log w/∂z ∇z
+        if self.estimator == "dreg":  # φ moves by the path alone: E w̃ ∇ log q = E w̃ (1 − w̃) ∂log w/∂z ∇z
             weights.path.factor = self.wake * (1.0 - share)
             climb = (share * log_w).sum(0)
         else:  # θ by log p, φ by log q at held samples

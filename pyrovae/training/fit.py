@@ -21,7 +21,7 @@ from pyrovae.objectives import ELBO, Objective
 from pyrovae.registry import configuration
 from pyrovae.structure import Program, check, data_size
 from pyrovae.training import checkpoint
-from pyrovae.training.data import Data, batches
+from pyrovae.training.data import Batches, Data, batches
 from pyrovae.training.loop import Loop
 from pyrovae.training.optimizers import OptimizerSpec, ScheduleSpec, make_optimizer, make_schedule
 from pyrovae.training.programs import local_params, named_parameters, state_of, untouched
@@ -169,15 +169,7 @@ def fit(
             "seed": seed,
             "device": str(place),
         }
-        config = {
-            "model": configuration(model),
-            "guide": configuration(guide),
-            "objective": configuration(objective) or _foreign(objective),
-            "data": train.describe(),
-            "validation": None if valid is None else valid.describe(),
-            "fit": settings,
-            "versions": {"torch": torch.__version__, "pyro": pyro.__version__},
-        }
+        config = _configuration(model, guide, objective, train, valid, settings)
         run = Run(model, guide, [], config, None if run_dir is None else Path(run_dir))
         state = state_of(model, guide, parameters)
         loop = Loop(
@@ -188,6 +180,26 @@ def fit(
         with pyro.validation_enabled(False):
             loop.train()
     return run
+
+
+def _configuration(
+    model: Program,
+    guide: Program,
+    objective: PyroELBO,
+    train: Batches,
+    validation: Batches | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``config.json`` holds."""
+    return {
+        "model": configuration(model),
+        "guide": configuration(guide),
+        "objective": _described(objective),
+        "data": train.describe(),
+        "validation": None if validation is None else validation.describe(),
+        "fit": settings,
+        "versions": {"torch": torch.__version__, "pyro": pyro.__version__},
+    }
 
 
 def _move(things: tuple[Any, ...], device: torch.device) -> None:
@@ -231,8 +243,11 @@ def _check_call(kind: str, program: Program, batch: tuple[torch.Tensor, ...]) ->
         ) from error
 
 
-def _foreign(objective: PyroELBO) -> dict[str, Any]:
-    """A Pyro loss by name and plain attributes."""
+def _described(objective: PyroELBO) -> dict[str, Any]:
+    """An objective of ours with the estimator in use; a Pyro loss by name and plain attributes."""
+    ours = configuration(objective)
+    if isinstance(objective, Objective):
+        return {**(ours or {"name": type(objective).__name__}), "estimator": objective.estimator}
     plain = {
         key: value
         for key, value in vars(objective).items()

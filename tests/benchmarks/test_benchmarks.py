@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyrovae
-from benchmarks import log_likelihood
+from benchmarks import log_likelihood, objectives
 from benchmarks.reproduce.recipes import RECIPES, reproduce
 from pyrovae.datasets import Split, Splits
 from pyrovae.errors import ArgumentError
@@ -63,4 +63,10 @@ def test_the_command_line_names_the_recipes():
 def test_the_speed_benchmark_measures_what_it_names():
     medians = log_likelihood.measure(points=2, particles=4000, repeats=1)
     assert set(medians) == {"matrix products", "log_likelihood"}
+    assert all(seconds > 0 for seconds in medians.values())
+
+
+def test_the_objectives_benchmark_measures_what_it_names():
+    medians = objectives.measure(particles=3, batch=4, repeats=1)
+    assert set(medians) == {"IWAE, pathwise", "IWAE, dreg", "loop over particles", "Pyro's RenyiELBO"}
     assert all(seconds > 0 for seconds in medians.values())

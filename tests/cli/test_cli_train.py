@@ -79,6 +79,27 @@ def test_likelihood_that_is_asked_for(tmp_path: Path) -> None:
     assert (arguments["likelihood"], arguments["network"]) == ("normal", "conv")
 
 
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (("IWAE", "--particles", 3, "--gradient", "dreg"), {"particles": 3, "gradient": "dreg"}),
+        (("Renyi", "--alpha", 0.5, "--particles", 3), {"alpha": 0.5, "particles": 3}),
+        (("JVI", "--order", 2, "--particles", 4), {"order": 2, "particles": 4}),
+        (("TVO", "--partitions", 3, "--particles", 4), {"partitions": 3, "particles": 4}),
+        (("ReweightedWakeSleep", "--wake", 0.5, "--particles", 3), {"wake": 0.5, "particles": 3}),
+        (("WakeSleep",), {}),
+        (("ELBO", "--gradient", "auto"), {"gradient": "auto"}),
+    ],
+)
+def test_every_objective_with_its_own_options(
+    tmp_path: Path, options: tuple[Any, ...], arguments: dict[str, Any]
+) -> None:
+    answer(*DIGITS, "--run-dir", tmp_path, "--epochs", 1, "--objective", *options)
+    config = json.loads((tmp_path / "config.json").read_text())["objective"]
+    assert config["name"] == options[0]
+    assert arguments.items() <= config["arguments"].items()
+
+
 def test_early_stopping_reports_the_best_epoch(tmp_path: Path) -> None:
     said = answer(*DIGITS, "--run-dir", tmp_path / "run", "--epochs", 30, "--early-stopping", 1, "--lr", 0.3)
     history = rows(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return (seed * _EPOCH_STRIDE + epoch) % 2**63  # what a generator takes
 
 
-class Batches:
+class Batches(ABC):
     """Minibatches of one data source: ``epoch(n)`` gives those of epoch n, always in the same order.
 
     Args:
@@ -37,10 +38,10 @@ class Batches:
         self.size = size
         self.steps = steps
 
+    @abstractmethod
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The minibatches of an epoch, each a tuple of tensors on the device; the first ``start`` are skipped at once,
         before the first of the others is drawn."""
-        raise NotImplementedError
 
     def first(self) -> tuple[Tensor, ...]:
         """The first minibatch of epoch 0, for checks."""

@@ -62,6 +62,7 @@ def test_there_are_notebooks() -> None:
     assert "01_first_vae" in [path.stem for path in NOTEBOOKS]
 
 
+@pytest.mark.slow
 @each_notebook
 def test_runs_with_its_smallest_settings(path: Path, tmp_path: Path) -> None:
     before = path.read_bytes()

@@ -123,6 +123,7 @@ def enumerated(function, particles):
     return value.detach(), torch.stack(torch.autograd.grad(value, unconstrained)), log_p.logsumexp(0).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["score", "vimco"])
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_discrete_guides_agree_with_enumeration(bound, gradient):
@@ -180,6 +181,7 @@ def test_dreg_is_unbiased_for_hierarchical_guides(bound):
 # --- variance ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dreg_has_less_variance_and_a_signal_that_grows_with_particles():
     guide(X.expand(2)), model(X.expand(2))
     pyro.get_param_store()["s"] = torch.tensor(0.9)  # broader than the posterior, so that w has all its moments
@@ -386,6 +388,7 @@ def test_shared_latents_with_a_subsampled_plate_are_refused(name):
 # --- users ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ALL, "wake-sleep"])
 def test_every_objective_trains_in_svi_and_in_fit(name):
     make = ALL.get(name, WakeSleep)

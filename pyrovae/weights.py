@@ -66,7 +66,7 @@ class PathGate:
             sizes = self.factor.shape if len(self.layout) == self.factor.dim() else self.factor.shape[1:]
             for dim, size in zip(self.layout, sizes, strict=True):
                 shape[dim] = size
-            return gradient * self.factor.reshape(shape)[(0,) * missing].reshape(*shape[missing:], *[1] * event_dim)
+            return gradient * self.factor.reshape(*shape[missing:], *[1] * event_dim)
 
         seen.register_hook(scaled)
         return seen

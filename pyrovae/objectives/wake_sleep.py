@@ -27,14 +27,15 @@ def simulated(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dic
         ModelGuideError: no argument is observed as it is, so the guide cannot be given the simulated data.
     """
     with torch.no_grad():
-        observed = _observed_arguments(model, args)
         dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-    drawn = [dream.nodes[observed[id(arg)]]["value"] if id(arg) in observed else arg for arg in args]
-    if not observed:
+    # What Pyro's uncondition took out of each observed site, by the identity of the argument that it was.
+    seen = {id(site["infer"]["obs"]): site["value"] for site in dream.nodes.values() if _was_observed(site)}
+    if not any(id(arg) in seen for arg in args):
         raise ModelGuideError(
             "the model observes none of its positional arguments as it is (obs=x), so a simulated x cannot be handed to"
             " the guide; pass the data as an argument and observe just that tensor"
         )
+    drawn = [seen.get(id(arg), arg) for arg in args]
     latents = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*drawn, **kwargs)
     sites = sample_sites(latents)
     unknown = [name for name, site in sites.items() if name not in dream.nodes and not site["is_observed"]]
@@ -50,11 +51,8 @@ def simulated(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dic
     return total
 
 
-def _observed_arguments(model: Program, args: tuple[Any, ...]) -> dict[int, str]:
-    """Names of the sites at which the model observes an argument, by the identity of the argument."""
-    sites = sample_sites(poutine.trace(model).get_trace(*args))
-    observed = {id(site["value"]): name for name, site in sites.items() if site["is_observed"]}
-    return {id(arg): observed[id(arg)] for arg in args if id(arg) in observed}
+def _was_observed(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and bool(site["infer"].get("was_observed"))
 
 
 def _device(values: list[Any]) -> torch.device:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pyrovae.guides.amortized import AmortizedNormal
+from pyrovae.guides.amortized import AmortizedBernoulli, AmortizedNormal
 
-__all__ = ["AmortizedNormal"]
+__all__ = ["AmortizedBernoulli", "AmortizedNormal"]

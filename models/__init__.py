@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyrovae.models.sigmoid_belief_net import SigmoidBeliefNet
 from pyrovae.models.vae import VAE
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "SigmoidBeliefNet"]

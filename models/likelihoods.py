@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.distributions import Categorical256
+from pyrovae.errors import DataError
 
-__all__ = ["LIKELIHOODS", "Likelihood"]
+__all__ = ["LIKELIHOODS", "Likelihood", "require_batch"]
 
 _CLIP = 1e-3  # of the data mean before its logit is taken, as in Burda et al.'s code
 
@@ -70,7 +71,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
         distribution=lambda out, scale: dist.Bernoulli(logits=out),
         bias=_logit,
         support=constraints.boolean,
-        advice="Binarize the data (datasets.load(…, binarization='dynamic' or 'static')), or use"
+        advice="Binarize the data, as datasets.load does with binarization='dynamic', or use"
         " likelihood='continuous-bernoulli' for intensities in [0, 1].",
     ),
     "continuous-bernoulli": Likelihood(
@@ -95,3 +96,12 @@ LIKELIHOODS: dict[str, Likelihood] = {
         advice="Round the intensities to 8 bits, (x * 255).round() / 255, or divide levels 0…255 by 255.",
     ),
 }
+
+
+def require_batch(x: Tensor, data_shape: tuple[int, ...]) -> None:
+    """Raises an error unless ``x`` is a batch of data points of a model's shape."""
+    if tuple(x.shape[1:]) != data_shape:
+        raise DataError(
+            f"x has shape {tuple(x.shape)}; this model takes batches of shape (n, *{data_shape})."
+            " Reshape the data, or build the model with their data_shape."
+        )

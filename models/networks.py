@@ -44,15 +44,19 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "tan
         >>> mlp(4, [8], 2)(torch.zeros(5, 3, 4)).shape
         torch.Size([5, 3, 2])
     """
-    if activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
     if any(not isinstance(width, int) or width < 1 for width in hidden):
         raise ArgumentError(f"hidden is {tuple(hidden)!r}; it must hold whole numbers, at least 1 each")
     widths = [inputs, *hidden, outputs]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+        layers += [nn.Linear(before, after), _activation(activation)]
     return initialize(nn.Sequential(*layers[:-1]), activation)
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in ACTIVATIONS:
+        raise unknown_name("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]()
 
 
 def initialize(network: nn.Sequential, activation: str) -> nn.Sequential:
@@ -106,7 +110,7 @@ class ConvEncoder(_LeftBatch):
         sizes = _pyramid(image_shape, channels)
         layers: list[nn.Module] = []
         for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), _activation(activation)]
         head = mlp(channels[-1] * sizes[-1][0] * sizes[-1][1], hidden, outputs, activation)
         super().__init__(
             nn.Sequential(*initialize(nn.Sequential(*layers), activation), nn.Flatten(), *head), event_dim=3
@@ -144,13 +148,13 @@ class ConvDecoder(_LeftBatch):
         sizes = _pyramid(image_shape, channels)
         height, width = sizes[-1]
         head = mlp(inputs, hidden, channels[0] * height * width, activation)
-        layers: list[nn.Module] = [*head, ACTIVATIONS[activation](), nn.Unflatten(1, (channels[0], height, width))]
+        layers: list[nn.Module] = [*head, _activation(activation), nn.Unflatten(1, (channels[0], height, width))]
         convolutions: list[nn.Module] = []
         for size, before, after in zip(reversed(sizes[:-1]), channels, [*channels[1:], outputs], strict=True):
             convolutions += [
                 nn.Upsample(size=size),
                 nn.Conv2d(before, after, 3, padding=1),
-                ACTIVATIONS[activation](),
+                _activation(activation),
             ]
         super().__init__(
             nn.Sequential(*layers, *initialize(nn.Sequential(*convolutions[:-1]), activation)), event_dim=1

@@ -13,8 +13,8 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, DataError, unknown_name
-from pyrovae.models.likelihoods import LIKELIHOODS
+from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
 from pyrovae.models.networks import ACTIVATIONS, ConvDecoder, full_precision, mlp
 from pyrovae.registry import MODELS
 
@@ -156,11 +156,8 @@ class VAE(PyroModule):
         Raises:
             DataError: ``x`` is not a batch of data points of this model's shape.
         """
-        if x is not None and tuple(x.shape[1:]) != self.data_shape:
-            raise DataError(
-                f"x has shape {tuple(x.shape)}; this model takes batches of shape (n, *{self.data_shape})."
-                " Reshape the data, or build the model with their data_shape."
-            )
+        if x is not None:
+            require_batch(x, self.data_shape)
         with pyro.plate("data", size if x is None else len(x), device=self.prior_loc.device):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)

@@ -16,6 +16,7 @@ from pyrovae.objectives import (
     IWAE,
     JVI,
     TVO,
+    EnumeratedELBO,
     ForwardKL,
     LinearWarmup,
     Objective,
@@ -23,7 +24,7 @@ from pyrovae.objectives import (
     ReweightedWakeSleep,
     WakeSleep,
 )
-from pyrovae.training import Run, fit, load
+from pyrovae.training import SVI, Run, fit, load
 from pyrovae.weights import LogWeights, log_weights
 
 __version__ = version("pyrovae")
@@ -32,7 +33,9 @@ __all__ = [
     "ELBO",
     "IWAE",
     "JVI",
+    "SVI",
     "TVO",
+    "EnumeratedELBO",
     "ForwardKL",
     "LinearWarmup",
     "LogWeights",

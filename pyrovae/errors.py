@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArgumentError",
+    "CompilationError",
     "CorruptFileError",
     "DataError",
     "DataUnavailableError",
@@ -44,6 +45,19 @@ class RunError(PyrovaeError, RuntimeError):
 
 class ModelGuideError(PyrovaeError, ValueError):
     """Model and guide do not fit each other, or their batch dimensions do not fit their plates."""
+
+
+class CompilationError(PyrovaeError, RuntimeError):
+    """A step cannot be compiled (it then runs eagerly), or gives other numbers compiled than eagerly.
+
+    Args:
+        said: the cause.
+        wrong: whether the compiled step ran and its numbers differ; such an error is never passed over.
+    """
+
+    def __init__(self, said: str, wrong: bool = False) -> None:
+        super().__init__(said)
+        self.wrong = wrong
 
 
 class NonFiniteError(PyrovaeError, ArithmeticError):

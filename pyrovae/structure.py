@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -14,9 +14,10 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_site_shape
 from torch import Tensor
 
+from pyrovae.cost import SLOW, relative_cost
 from pyrovae.errors import ModelGuideError
 
-__all__ = ["Structure", "check"]
+__all__ = ["Structure", "check", "check_enumerated"]
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -32,12 +33,23 @@ class Structure:
         observed: names of the observed sites of the model.
         subsampled: names of the subsampled plates that some site is outside of, so that the weight of a particle is
             not a product over their elements alone.
+        scoring: for each reparameterized latent site of the guide, the number of torch operations that ``log q`` at a
+            given value takes, over that of drawing one; infinite where it has none there (a flow without an inverse).
+        enumeration: for each latent site of finite support, of the model or the guide, how it is to be summed out:
+            ``"parallel"`` unless its own ``infer={"enumerate": …}`` says otherwise.
     """
 
     max_plate_nesting: int
     reparameterized: dict[str, bool]
     observed: tuple[str, ...]
     subsampled: tuple[str, ...]
+    scoring: dict[str, float] = field(default_factory=dict)
+    enumeration: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def quick(self) -> bool:
+        """Whether every reparameterized site of the guide scores a given value at about the cost of drawing one."""
+        return all(cost <= SLOW for cost in self.scoring.values())
 
 
 def check(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Structure:
@@ -66,6 +78,35 @@ def check(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Structur
         Traceback (most recent call last):
         pyrovae.errors.ModelGuideError: the guide lacks the model's latent site 'z' (the guide samples: nothing). ...
     """
+    return _check(model, guide, args, kwargs, summing=False)
+
+
+def check_enumerated(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Structure:
+    """Like :func:`check`, for a loss that sums discrete sites out: the guide may lack those of finite support.
+
+    Args:
+        model: Pyro model, called with ``*args, **kwargs``.
+        guide: Pyro guide, called with the same.
+        *args: passed to both.
+        **kwargs: passed to both.
+
+    Returns:
+        The :class:`Structure` that the run showed.
+
+    Raises:
+        ModelGuideError: as for :func:`check`, and a discrete site that the guide lacks and that cannot be summed out.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(torch.tensor(0.3)))
+        >>> check_enumerated(model, lambda: None).enumeration
+        {'z': 'parallel'}
+    """
+    return _check(model, guide, args, kwargs, summing=True)
+
+
+def _check(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], summing: bool) -> Structure:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices), pyro.validation_enabled(True), poutine.block():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -73,22 +114,35 @@ def check(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Structur
         with _CheckedReplay(guide_trace):
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         model_sites = sample_sites(model_trace)
-        _check_names(model_sites, guide_sites)
+        both = [*model_sites.values(), *guide_sites.values()]
+        enumeration = {site["name"]: site["infer"].get("enumerate", "parallel") for site in both if _finite(site)}
+        _check_names(model_sites, guide_sites, enumeration if summing else None)
         for program, sites in (("model", model_sites), ("guide", guide_sites)):
             for site in sites.values():
                 _check_site(program, site)
-    both = [*model_sites.values(), *guide_sites.values()]
+        latent = {name: site for name, site in guide_sites.items() if not site["is_observed"]}
+        pathwise = {name: bool(getattr(site["fn"], "has_rsample", False)) for name, site in latent.items()}
+        scoring = {name: relative_cost(site) for name, site in latent.items() if pathwise[name]}
     dims = [frame.dim for site in both for frame in site["cond_indep_stack"] if frame.vectorized]
     return Structure(
         max_plate_nesting=-min(dims, default=0),
-        reparameterized={
-            name: bool(getattr(site["fn"], "has_rsample", False))
-            for name, site in guide_sites.items()
-            if not site["is_observed"]
-        },
+        reparameterized=pathwise,
         observed=tuple(name for name, site in model_sites.items() if site["is_observed"]),
         subsampled=_subsampled_inside(both),
+        scoring=scoring,
+        enumeration=enumeration,
     )
+
+
+def _finite(site: Site) -> bool:
+    """Whether Pyro can list the values of a latent site."""
+    if site["is_observed"] or not getattr(site["fn"], "has_enumerate_support", False):
+        return False
+    try:
+        site["fn"].enumerate_support(expand=False)
+    except NotImplementedError:  # Binomial with unequal counts
+        return False
+    return True
 
 
 def _subsampled_inside(sites: list[Site]) -> tuple[str, ...]:
@@ -130,15 +184,20 @@ def say_plates(site: Site) -> str:
     return f"plates: {', '.join(frames)}" if frames else "no plates"
 
 
-def _check_names(model: dict[str, Site], guide: dict[str, Site]) -> None:
+def _check_names(
+    model: dict[str, Site], guide: dict[str, Site], enumeration: dict[str, str | None] | None = None
+) -> None:
+    """Model and guide sample the same sites, but for those that are summed out in the model where that is allowed."""
     latent = [name for name, site in model.items() if not site["is_observed"]]
     sampled = [name for name, site in guide.items() if not site["is_observed"]]
     listed = ", ".join(map(repr, sampled)) or "nothing"
     for name in latent:
-        if name not in guide:
+        if name not in guide and (enumeration is None or enumeration.get(name) != "parallel"):
             advice = f"Add pyro.sample({name!r}, …) to the guide, or observe the site in the model."
-            if getattr(model[name]["fn"], "has_enumerate_support", False):
-                advice += " A discrete site can also be summed out: use pyro.infer.TraceEnum_ELBO."
+            if enumeration is not None:
+                advice = _why_not_summed(model[name], enumeration) + advice
+            elif getattr(model[name]["fn"], "has_enumerate_support", False):
+                advice += " A discrete site can also be summed out: use pyrovae.EnumeratedELBO as the objective."
             raise ModelGuideError(
                 f"the guide lacks the model's latent site {name!r} (the guide samples: {listed}). {advice}"
             )
@@ -150,6 +209,21 @@ def _check_names(model: dict[str, Site], guide: dict[str, Site]) -> None:
                 f" {', '.join(map(repr, latent)) or 'none'}. Rename it, or mark it"
                 " infer={'is_auxiliary': True} if the guide alone needs it."
             )
+
+
+def _why_not_summed(site: Site, enumeration: dict[str, str | None]) -> str:
+    """Why a discrete site that the guide lacks cannot be summed out in the model; nothing about a continuous one."""
+    name, fn = site["name"], site["fn"]
+    if name in enumeration:
+        return f"Its infer={{'enumerate': {enumeration[name]!r}}} must be 'parallel' for it to be summed out. "
+    if not getattr(getattr(fn, "support", None), "is_discrete", False):
+        return ""
+    if getattr(getattr(fn, "base_dist", None), "has_enumerate_support", False):
+        return "Its values cannot be summed over jointly: put them in a pyro.plate in place of .to_event(…). "
+    return (
+        f"A {type(fn).__name__} has no finite list of values to sum over: the guide must sample it, under an objective"
+        " with gradient='score' or 'vimco'. "
+    )
 
 
 def _check_site(program: str, site: Site) -> None:

@@ -219,11 +219,13 @@ def log_weights(
         guide_trace = path.gated(guide_trace, batch_dims=max_plate_nesting + (particles > 1))
     with particle_plate(), p:
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     if through == "path":
         with _held_fixed(_parameters(guide, guide_trace)), particle_plate():
             replayed = poutine.replay(guide, trace=guide_trace)
-            guide_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+            guide_sites = sample_sites(poutine.trace(replayed).get_trace(*args, **kwargs))
+            for site in guide_sites.values():  # scored in here: a transform may read its parameters only now
+                site["scored"] = _scored(site)
     closed = _closed_form_kl(model_sites, guide_sites, p.found, q.found) if kl == "analytic" else {}
     return _collect(
         model_sites, guide_sites, closed, path, particles, max_plate_nesting, need_log_q=through == "parameters"
@@ -268,13 +270,7 @@ def _collect(
     path.layout = tuple(keep)
 
     def density(site: Site) -> Tensor:
-        try:
-            return reduce(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), site)
-        except NotImplementedError as error:
-            raise ModelGuideError(
-                f"site {site['name']!r} has no density at a given value ({type(site['fn']).__name__}: {error}); a flow"
-                " without an inverse knows that of its own draws alone. Use gradient='pathwise', which needs no other."
-            ) from error
+        return reduce(site["scored"] if "scored" in site else _scored(site), site)
 
     latent = {name: site for name, site in model.items() if not site["is_observed"] and name not in closed}
     return LogWeights(
@@ -286,6 +282,18 @@ def _collect(
         scale=scale,
         plates=tuple((frame.name, frame.size) for frame in sorted(frames, key=lambda frame: frame.dim)),
     )
+
+
+def _scored(site: Site) -> Tensor:
+    """The log-density of a site's value, by batch element."""
+    try:
+        log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except (NotImplementedError, KeyError) as error:  # torch's transforms say the one, Pyro's the other
+        raise ModelGuideError(
+            f"site {site['name']!r} has no density at a given value ({type(site['fn']).__name__}: {error}); a flow"
+            " without an inverse knows that of its own draws alone. Use gradient='pathwise', which needs no other."
+        ) from error
+    return log_prob
 
 
 def _residual_scales(sites: list[Site], plate_scale: float) -> dict[int, float | Tensor]:

@@ -1,6 +1,6 @@
 """Reproduce a published figure.
 
-    python -m benchmarks.reproduce vae-1l-static [--seed 0] [--particles 5000]
+    python -m benchmarks.reproduce vae-1l-static [--seed 0] [--particles 5000] [--runs runs/reproduce]
 
 Trains, evaluates on all test images, prints ours beside the paper's and writes benchmarks/results/<recipe>.json.
 """
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def main() -> None:
     """Runs the recipe that the command line names."""
-    listed = "\n".join(f"  {name:16s} {recipe.about}" for name, recipe in RECIPES.items())
+    listed = "\n".join(f"  {name:22s} {recipe.about}" for name, recipe in RECIPES.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reproduce",
         description=__doc__,
@@ -32,10 +32,15 @@ def main() -> None:
     parser.add_argument("recipe", help="name of the recipe")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, training and evaluation (default 0)")
     parser.add_argument("--particles", type=int, default=5000, help="of the evaluation (default 5000)")
-    parser.add_argument("--run-dir", type=Path, help="run folder, continued if it holds a run (default: none is kept)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/reproduce"),
+        help="folder of run folders; a run of the recipe there is continued or reused (default runs/reproduce)",
+    )
     options = parser.parse_args()
     try:
-        result = reproduce(options.recipe, particles=options.particles, seed=options.seed, run_dir=options.run_dir)
+        result = reproduce(options.recipe, particles=options.particles, seed=options.seed, runs=options.runs)
     except PyrovaeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -19,7 +19,9 @@ MISTAKE = 2
 INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 # Python arguments that errors advise, as the options that they are here.
-_ADVICE = re.compile(r"\b(gradient|kl|likelihood|network|particles|resume|which)=(?:True\b|'([\w-]+)'|(\d+))")
+_ADVICE = re.compile(
+    r"\b(binarization|gradient|kl|likelihood|network|particles|resume|which)=(?:True\b|'([\w-]+)'|(\d+))"
+)
 
 
 class _Interrupted(Exception):

@@ -72,6 +72,7 @@ def active_units(guide: Any, data: Data, threshold: float = 0.01) -> ActiveUnits
     return ActiveUnits(means.double().var(0, correction=0), threshold)
 
 
+@torch.no_grad()
 def kl_per_dimension(model: Any, guide: Any, data: Data) -> Tensor:
     r"""Mean KL from prior to posterior of each latent dimension, in nats per data point.
 
@@ -96,8 +97,7 @@ def kl_per_dimension(model: Any, guide: Any, data: Data) -> Tensor:
         >>> bool((kl_per_dimension(model, AmortizedNormal(model), pyrovae.datasets.load("digits").test) >= 0).all())
         True
     """
-    with torch.no_grad():
-        prior = model.prior()
+    prior = model.prior()
     total, points = torch.zeros(()), 0
     for q in _posteriors(guide, data):
         if getattr(q, "reinterpreted_batch_ndims", 0) != 1 or getattr(prior, "reinterpreted_batch_ndims", 0) != 1:
@@ -106,7 +106,8 @@ def kl_per_dimension(model: Any, guide: Any, data: Data) -> Tensor:
                 " dimensions (Normal(…).to_event(1)) for a KL per dimension"
             )
         try:
-            kl = torch.distributions.kl_divergence(q.base_dist, prior.base_dist)
+            expanded = prior.base_dist.expand(q.base_dist.batch_shape)  # some of torch's KLs need it
+            kl = torch.distributions.kl_divergence(q.base_dist, expanded)
         except NotImplementedError as error:
             raise ArgumentError(f"no closed-form KL: {error}") from error
         total, points = total + kl.double().sum(0), points + len(kl)

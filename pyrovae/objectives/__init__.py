@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import ELBO
+from pyrovae.objectives.enumerated import EnumeratedELBO
 from pyrovae.objectives.iwae import IWAE
 from pyrovae.objectives.jvi import JVI
 from pyrovae.objectives.multisample import MultiSample
@@ -21,6 +22,7 @@ __all__ = [
     "IWAE",
     "JVI",
     "TVO",
+    "EnumeratedELBO",
     "Estimate",
     "ForwardKL",
     "LinearWarmup",

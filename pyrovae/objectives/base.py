@@ -28,13 +28,14 @@ class Estimate:
     Args:
         loss: the value is the negative objective, the gradient is the estimator's.
         bound: the plain bound on ``log p(x)``, without any reweighting of the KL (detached).
-        log_likelihood: the expected log-likelihood ``E log p(x | z)`` (detached).
-        kl: the KL of each latent site (detached).
+        log_likelihood: the expected log-likelihood ``E log p(x | z)`` (detached); ``None`` where it is not apart from
+            the KL, because sites are summed out.
+        kl: the KL of each latent site (detached); empty where there is no ``log_likelihood``.
     """
 
     loss: Tensor
     bound: Tensor
-    log_likelihood: Tensor
+    log_likelihood: Tensor | None = None
     kl: dict[str, Tensor] = field(default_factory=dict)
 
 

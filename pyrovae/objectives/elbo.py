@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrovae.errors import ArgumentError, unknown_name
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.schedules import LinearWarmup
+from pyrovae.objectives.scoring import check_scoring
 from pyrovae.registry import OBJECTIVES
 from pyrovae.structure import Program, Structure
 from pyrovae.weights import LogWeights, Through
@@ -40,8 +41,8 @@ class ELBO(Objective):
         gradient: ``"pathwise"`` (reparameterization); ``"stl"`` (sticking the landing: the guide's parameters are
             held fixed inside ``log q``, so that the variance vanishes where the guide equals the posterior);
             ``"score"`` (REINFORCE, for any guide, discrete too, with a leave-one-out baseline when K > 1); ``"auto"``:
-            sticking the landing where every site of the guide can be reparameterized (pathwise with a closed-form KL),
-            else the score function.
+            sticking the landing where every site of the guide can be reparameterized (pathwise with a closed-form KL,
+            or where a flow of the guide has no inverse or a sequential one), else the score function.
         kl: ``"sampled"`` (``log q − log p`` at the particles) or ``"analytic"`` (the closed form, at each site
             where one is registered and unbiased; the others stay sampled).
         beta: coefficient of the KL: a number, a schedule, or a dictionary of these by site (others get 1).
@@ -49,7 +50,8 @@ class ELBO(Objective):
 
     Raises:
         ArgumentError: an argument is out of range, or ``gradient`` and ``kl`` do not go together; and, at the first
-            evaluation, a guide that cannot be reparameterized under ``"pathwise"`` or ``"stl"``.
+            evaluation, a guide that cannot be reparameterized under ``"pathwise"`` or ``"stl"``, or whose flow has no
+            inverse (under ``"stl"`` and ``"score"``) or a sequential one (under ``"stl"``).
 
     References:
         Jordan et al. 1999, https://doi.org/10.1023/A:1007665907178; Kingma & Welling 2014,
@@ -97,20 +99,22 @@ class ELBO(Objective):
         self.free_bits = _per_site("free_bits", free_bits, default=0.0)
 
     def choose(self, structure: Structure) -> str:
-        """Sticking the landing where it is defined, else pathwise, else the score function."""
+        """Sticking the landing where it is defined and log q is quick, else pathwise, else the score function."""
         if not all(structure.reparameterized.values()):
             return "score"
-        return "pathwise" if self.analytic == "analytic" else "stl"
+        return "stl" if self.analytic == "sampled" and structure.quick else "pathwise"
 
     def accept(self, structure: Structure) -> None:
-        """Refuses a pathwise gradient through a site that has none."""
+        """Refuses a pathwise gradient through a site that has none, and log q at a given value where it is slow."""
         stuck = [name for name, pathwise in structure.reparameterized.items() if not pathwise]
         if stuck and self.estimator != "score":
             raise ArgumentError(
                 f"gradient={self.estimator!r} needs a guide that can be reparameterized, and these sites cannot:"
                 f" {', '.join(map(repr, stuck))}. Use ELBO(gradient='score', particles=8) or another number of"
-                " particles above 1, or sum discrete sites out with pyro.infer.TraceEnum_ELBO."
+                " particles above 1, or sum discrete sites out with pyrovae.EnumeratedELBO."
             )
+        route = _ROUTES[str(self.estimator)]
+        check_scoring(structure, f"gradient={self.estimator!r}", route, "gradient='pathwise'")
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Draws the particles once and returns the loss, the bound and its parts; see :class:`Objective`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae.errors import ArgumentError, ModelGuideError, unknown_name
 from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.scoring import check_scoring
 from pyrovae.structure import Program, Structure
 from pyrovae.weights import LogWeights, Through
 
@@ -44,8 +45,9 @@ class MultiSample(Objective):
 
     Args:
         particles: number K of particles.
-        gradient: name of the estimator, or ``"auto"``: ``"dreg"`` where every site of the guide can be reparameterized,
-            else ``"vimco"`` (``"score"`` where that is not defined).
+        gradient: name of the estimator, or ``"auto"``: ``"dreg"`` where every site of the guide can be reparameterized
+            (``"pathwise"`` where a flow of the guide has no inverse or a sequential one), else ``"vimco"`` (``"score"``
+            where that is not defined).
 
     Example:
         >>> class Median(MultiSample):   # a bound of one's own: the median of the log-weights
@@ -78,14 +80,14 @@ class MultiSample(Objective):
         raise ArgumentError(f"gradient='dreg' is not defined for {type(self).__name__}")
 
     def choose(self, structure: Structure) -> str:
-        """Doubly reparameterized where that is defined, else VIMCO, else the score function."""
+        """Doubly reparameterized where that is defined and quick, else pathwise, else VIMCO or the score function."""
         wanted = ["vimco", "score"] if self.particles > 1 else ["score"]
         if all(structure.reparameterized.values()):
-            wanted = ["dreg", "pathwise", *wanted]
+            wanted = [*(["dreg"] if structure.quick else []), "pathwise", *wanted]
         return next(name for name in wanted if name in self.gradients)
 
     def accept(self, structure: Structure) -> None:
-        """Refuses subsampled data inside shared latents, and a pathwise gradient through a site that has none."""
+        """Refuses subsampled data inside shared latents, and a guide that the gradient is not defined for, or slow."""
         name = type(self).__name__
         if structure.subsampled:
             plates = ", ".join(map(repr, structure.subsampled))
@@ -102,6 +104,9 @@ class MultiSample(Objective):
                 f"gradient={self.estimator!r} needs a guide that can be reparameterized, and these sites cannot:"
                 f" {', '.join(map(repr, stuck))}. Use {advice}."
             )
+        asked = f"gradient={self.estimator!r} of {name}"
+        instead = "" if "pathwise" in self.gradients else "IWAE with "
+        check_scoring(structure, asked, _ROUTES[str(self.estimator)], f"{instead}gradient='pathwise'")
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Draws the particles once and returns the loss, the bound and its parts; see :class:`Objective`.

@@ -12,8 +12,9 @@ from torch import Tensor
 from pyrovae.errors import ArgumentError, ModelGuideError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.multisample import MultiSample, elbo_parts, log_mean_exp
+from pyrovae.objectives.scoring import check_scoring
 from pyrovae.registry import OBJECTIVES
-from pyrovae.structure import Program, sample_sites
+from pyrovae.structure import Program, Structure, sample_sites
 
 __all__ = ["ForwardKL", "ReweightedWakeSleep", "WakeSleep", "simulated"]
 
@@ -73,6 +74,8 @@ class ForwardKL(Objective):
         particles: number K of particles of the reported bound.
 
     Raises:
+        ArgumentError: at the first evaluation, a guide whose flow has no inverse, so that it cannot score a latent that
+            the model simulated (one with a sequential inverse gets a warning).
         ModelGuideError: at an evaluation, a model whose observations are not its arguments, or a guide with auxiliary
             sites.
 
@@ -90,6 +93,10 @@ class ForwardKL(Objective):
 
     def __init__(self, particles: int = 1) -> None:
         super().__init__(particles)
+
+    def accept(self, structure: Structure) -> None:
+        """Refuses a guide that cannot score a simulated latent, and warns of one that does it slowly."""
+        check_scoring(structure, type(self).__name__, "parameters", "ELBO(gradient='pathwise')")
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """The sleep loss, and the ELBO of the data for reporting; see :class:`Objective`."""
@@ -112,6 +119,7 @@ class WakeSleep(ForwardKL):
         particles: number K of particles of the wake phase.
 
     Raises:
+        ArgumentError: as for :class:`ForwardKL`.
         ModelGuideError: as for :class:`ForwardKL`.
 
     References:

@@ -12,14 +12,27 @@ from pyrovae.modes import evaluating
 from pyrovae.plots.images import grid_figsize, image_grid, image_shape, intensities, label_columns, label_rows
 from pyrovae.plots.interfaces import Decoder, Encoder
 from pyrovae.plots.scatter import active_dimensions, latent_scatter
-from pyrovae.plots.state import attribute_of, decode_means, encode_means, prior_moments, require_data
+from pyrovae.plots.state import (
+    attribute_of,
+    decode_means,
+    encode_means,
+    is_discrete,
+    prior_moments,
+    require_data,
+)
 from pyrovae.plots.style import axes_or_new
 
 __all__ = ["active_dimensions", "interpolation", "latent_scatter", "manifold", "reconstructions", "samples"]
 
 
+DRAWS = 100
+"""Draws of a discrete code over which a reconstruction is averaged."""
+
+
 def reconstructions(model: Decoder, guide: Encoder, x: Tensor, ax: Axes | None = None, *, count: int = 10) -> Axes:
     """Data points in the top row, the decoded means of their posteriors beneath.
+
+    The mean of binary codes is no code, so draws are decoded where the posterior is discrete, and their means averaged.
 
     Args:
         model: a model with ``data_shape`` and ``decode``.
@@ -54,8 +67,12 @@ def reconstructions(model: Decoder, guide: Encoder, x: Tensor, ax: Axes | None =
     _require_at_least("count", count, 1)
     x = x[:count]
     originals = intensities(x, "x")
-    with evaluating(model, guide) as device:
-        decoded = decode_means(model, encode_means(guide, x, device))
+    with evaluating(model, guide, seed=0) as device:
+        posterior = attribute_of(guide, "guide", "encode")(x.to(device))
+        if is_discrete(posterior):
+            decoded = torch.stack([decode_means(model, posterior.sample()) for _ in range(DRAWS)]).mean(0)
+        else:
+            decoded = decode_means(model, posterior.mean)
     ax = axes_or_new(ax, grid_figsize(2, len(x), (height, width), (1.2, 0.0)))
     image_grid(torch.cat([originals, decoded]), ax, len(x), title="Reconstructions")
     label_rows(ax, {0: "data", 1: "reconstruction"}, height)
@@ -117,8 +134,8 @@ def manifold(model: Decoder, ax: Axes | None = None, size: int = 15, *, dims: tu
         The Axes.
 
     Raises:
-        ArgumentError: the data are no images, the latent space lacks a dimension of ``dims``, or ``size`` is
-            below two.
+        ArgumentError: the data are no images, the latent space is discrete or lacks a dimension of ``dims``, or
+            ``size`` is below two.
 
     References:
         D. P. Kingma and M. Welling, Auto-Encoding Variational Bayes, figure 4, https://arxiv.org/abs/1312.6114
@@ -140,6 +157,7 @@ def manifold(model: Decoder, ax: Axes | None = None, size: int = 15, *, dims: tu
     _require_at_least("size", size, 2)
     across, up = _require_dims(dims, attribute_of(model, "model", "latent_dim"))
     with evaluating(model, seed=0):
+        _require_real(attribute_of(model, "model", "prior")(), "prior")
         mean, scale = prior_moments(model)
         steps = (torch.arange(size, dtype=mean.dtype, device=mean.device) + 0.5) / size
         quantiles = Normal(torch.zeros_like(steps), torch.ones_like(steps)).icdf(steps)
@@ -174,7 +192,8 @@ def interpolation(
         The Axes.
 
     Raises:
-        ArgumentError: the data are no images, the guide has no ``encode``, or ``steps`` is below two.
+        ArgumentError: the data are no images, the guide has no ``encode``, the latent space is discrete, or ``steps``
+            is below two.
         DataError: ``x0`` or ``x1`` has another shape or is out of range.
 
     Example:
@@ -199,6 +218,7 @@ def interpolation(
             raise DataError(f"{name} has shape {tuple(point.shape)}, but must be data_shape, {event}")
     ends = torch.stack([intensities(x0[None], "x0")[0], intensities(x1[None], "x1")[0]])
     with evaluating(model, guide) as device:
+        _require_real(attribute_of(guide, "guide", "encode")(x0[None].to(device)), "posterior")
         first, last = encode_means(guide, torch.stack([x0, x1.to(x0.device)]), device)
         weights = torch.linspace(0.0, 1.0, steps, device=first.device, dtype=first.dtype)[:, None]
         decoded = decode_means(model, torch.lerp(first, last, weights))
@@ -227,6 +247,13 @@ def _require_dims(dims: tuple[int, int], latent_dim: int) -> tuple[int, int]:
             f"{latent_dim})"
         )
     return dims
+
+
+def _require_real(distribution: object, name: str) -> None:
+    if is_discrete(distribution):
+        raise ArgumentError(
+            f"the {name} is over discrete codes, with nothing to decode between them; draw reconstructions or samples"
+        )
 
 
 def _coordinate(value: Tensor) -> str:

@@ -45,8 +45,9 @@ class Plot(NamedTuple):
 def report(run: FittedRun, data: Split, path: str | Path, *, metrics: Mapping[str, object] | None = None) -> Path:
     """Writes one self-contained HTML file about a run: figures of merit, pictures, configuration, history.
 
-    Pictures that do not apply (data that are no images, a guide without ``encode``) are left out, and the page
-    says which and why. The file is written atomically and needs no other file, no network and no script.
+    Pictures that do not apply (data that are no images, a guide without ``encode``, a line between binary codes) are
+    left out, and the page says which and why. The file is written atomically and needs no other file, no network and
+    no script.
 
     Args:
         run: a run with ``model``, ``guide``, ``history`` and ``config``.
@@ -143,7 +144,7 @@ def _model_plots(run: FittedRun, data: Split) -> list[Plot]:
     return [
         Plot(
             "Reconstructions",
-            "Test data, and the decoded means of their posteriors.",
+            "Test data, and the means to which their posteriors decode.",
             grid_figsize(2, len(some), tile, (1.2, 0.0)),
             lambda ax: reconstructions(model, guide, x[some], ax),
             wide=True,

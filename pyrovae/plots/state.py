@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrovae.errors import ArgumentError, DataError
 from pyrovae.plots.interfaces import Decoder, Encoder
 
-__all__ = ["attribute_of", "decode_means", "encode_means", "prior_moments", "require_data"]
+__all__ = ["attribute_of", "decode_means", "encode_means", "is_discrete", "prior_moments", "require_data"]
 
 CHUNK = 1000
 """Data points that are encoded or decoded at a time, which bounds the memory."""
@@ -63,6 +63,14 @@ def prior_moments(model: Decoder) -> tuple[Tensor, Tensor]:
     except NotImplementedError:
         draws = prior.sample((10_000,))
         return draws.mean(0), draws.std(0)
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Whether a prior or a posterior is known to be over codes of whole numbers, between which there is nothing."""
+    try:
+        return bool(distribution.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def require_data(x: Tensor, event: tuple[int, ...] | None = None, name: str = "x") -> None:

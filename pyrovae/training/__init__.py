@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from pyrovae.training.fit import fit
 from pyrovae.training.run import Run, load
+from pyrovae.training.svi import SVI
 
-__all__ = ["Run", "fit", "load"]
+__all__ = ["SVI", "Run", "fit", "load"]

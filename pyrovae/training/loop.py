@@ -20,9 +20,9 @@ from pyrovae.objectives import Objective
 from pyrovae.progress import progress_bar
 from pyrovae.training import checkpoint
 from pyrovae.training.data import Batches
-from pyrovae.training.programs import restore_state
+from pyrovae.training.programs import restore_state, untouched
 from pyrovae.training.run import Run
-from pyrovae.training.step import EagerStep, Measured
+from pyrovae.training.step import EagerStep
 
 __all__ = ["Loop"]
 
@@ -72,8 +72,7 @@ class Loop:
         self.checkpoint_every = checkpoint_every
         self.progress = progress
         self.position = (0, 0)  # epochs finished, minibatches of the next one done
-        self.sums: dict[str, Tensor] = {}
-        self.weight = 0.0
+        self.weight = 0  # data points of the epoch so far
         self.seconds = 0.0
         self.best: dict[str, Any] = {"bound": -float("inf"), "epoch": 0, "state": None}
         self.stopped = False
@@ -106,7 +105,8 @@ class Loop:
     def _epoch(self, bar: Any, interruption: _Interruption) -> None:
         finished, done = self.position
         if done == 0:
-            self.sums, self.weight, self.seconds = {}, 0.0, 0.0
+            self.step.sums.zero_()
+            self.weight, self.seconds = 0, 0.0
             self.epoch_rng = self._rng_state()
             minibatches = self.train_batches.epoch(finished)
         else:  # a resumed epoch: what the loader drew up to here must be drawn as it was
@@ -114,31 +114,39 @@ class Loop:
             self._set_rng_state(self.epoch_rng or here)
             minibatches = self.train_batches.epoch(finished, done)
             self._set_rng_state(here)
-        batch: tuple[Tensor, ...] | None = None
         start, shown, before = time.perf_counter(), time.perf_counter(), self.seconds
         for batch in minibatches:
             try:
-                measured = self.step(batch)
-                now = time.perf_counter()
-                if now - shown > _REFRESH_SECONDS:
-                    shown = now
-                    self.step.raise_if_bad(batch)
-                    bar.set_postfix_str(f"bound {float(measured['bound']):.3f} nats per data point", refresh=False)
+                self.step(batch)
             except NonFiniteError as error:
                 raise NonFiniteError(self._stopped_at(error)) from None
-            self._add(measured, len(batch[0]))
             done += 1
+            self.weight += len(batch[0])
             bar.update()
-            self.seconds = before + time.perf_counter() - start
+            now = time.perf_counter()
+            self.seconds = before + now - start
             self.position = (finished, done)
+            if now - shown > _REFRESH_SECONDS:
+                shown = now
+                self._require_finite()
+                bar.set_postfix_str(f"bound {self._means()['bound']:.3f} nats per data point", refresh=False)
             if interruption.signal is not None:
-                return
-        if batch is None:  # interrupted after the last minibatch
+                break
+        self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Raises the error of an update that the device skipped, at the minibatch that was bad."""
+        skipped = self.step.skipped()
+        if not skipped:
             return
-        try:
-            self.step.raise_if_bad(batch)
-        except NonFiniteError as error:
-            raise NonFiniteError(self._stopped_at(error)) from None
+        finished, done = self.position
+        self.position = (finished, max(0, done - skipped))
+        with untouched(self.run.model, self.run.guide):
+            bad = next(iter(self.train_batches.epoch(*self.position)))
+            try:
+                self.step.raise_if_bad(bad)
+            except NonFiniteError as error:
+                raise NonFiniteError(self._stopped_at(error)) from None
 
     def _stopped_at(self, error: NonFiniteError) -> str:
         finished, done = self.position
@@ -151,17 +159,15 @@ class Loop:
             f" the last good ones{kept}. Try a smaller lr, clip_norm=…, or a look at this minibatch's data."
         )
 
-    def _add(self, measured: Measured, points: int) -> None:
-        for name, value in measured.items():
-            self.sums[name] = (
-                self.sums[name] + value.double() * points if name in self.sums else value.double() * points
-            )
-        self.weight += points
+    def _means(self) -> dict[str, float]:
+        """Mean over the epoch so far of all that a step measures, in nats per data point."""
+        values = (self.step.sums / self.weight).tolist()
+        return dict(zip(self.step.names, values, strict=True))
 
     @torch.no_grad()
     def _finish_epoch(self) -> dict[str, Any]:
         finished, done = self.position
-        means = {name: float(total) / self.weight for name, total in self.sums.items()}
+        means = self._means()
         row: dict[str, Any] = {"epoch": finished + 1, "step": (finished + 1) * self.train_batches.steps}
         row["bound"] = means.pop("bound")
         kl = {name: value for name, value in means.items() if name.startswith("kl/")}
@@ -211,7 +217,8 @@ class Loop:
                 "objective": objective.state_dict() if isinstance(objective, Objective) else {},
                 "rng": self._rng_state(),
                 "epoch_rng": self.epoch_rng,
-                "sums": self.sums,
+                "compiled": self.step.compiled_shapes(),
+                "sums": self.step.sums.clone(),
                 "weight": self.weight,
                 "seconds": self.seconds,
                 "best": self.best,
@@ -237,7 +244,8 @@ class Loop:
             if isinstance(self.step.objective, Objective):
                 self.step.objective.load_state_dict(saved["objective"])
             self.position = tuple(saved["position"])
-            self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
+            self.step.compile_shapes(saved["compiled"])
+            self.step.sums.copy_(saved["sums"])
             self.weight, self.seconds = saved["weight"], saved["seconds"]
             self.best, self.epoch_rng = saved["best"], saved["epoch_rng"]
             self.run.history[:] = saved["history"]

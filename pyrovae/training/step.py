@@ -25,8 +25,8 @@ class EagerStep:
     """Computes the loss of a minibatch per data point, its gradient, and updates the parameters.
 
     A loss or gradient that is not finite leaves the parameters as they are, the last good ones. On the CPU the error
-    is raised at once; on an accelerator a fused optimizer skips the update by itself, and :meth:`raise_if_bad`, called
-    where the host waits for the device anyway, raises it.
+    is raised at once; on an accelerator a fused optimizer skips this update and all that follow, and
+    :meth:`raise_if_bad`, called where the host waits for the device anyway, raises it.
 
     Args:
         model: Pyro model.
@@ -51,46 +51,83 @@ class EagerStep:
     autocast: bool
 
     def __post_init__(self) -> None:
-        device = next(iter(self.parameters.values())).device
-        self.deferred = device.type != "cpu" and bool(self.optimizer.defaults.get("fused"))
-        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.device = next(iter(self.parameters.values())).device
+        self.deferred = self.device.type != "cpu" and bool(self.optimizer.defaults.get("fused"))
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.foreach: bool | None = None  # torch's choice; a graph fuses the tensors of a plain loop
+        self.calls = 0
+        self.names: tuple[str, ...] = ()
+        self.sums = torch.zeros(0, dtype=torch.float64, device=self.device)
 
-    def __call__(self, batch: tuple[Tensor, ...]) -> Measured:
-        """One update; returns the bound and its parts before it."""
+    def __call__(self, batch: tuple[Tensor, ...]) -> None:
+        """One update; the bound and its parts before it are added to the sums."""
+        self.update(batch)
+        self.calls += 1
+        self.schedule.step()
+
+    def update(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        """What a step does to tensors: gradient, guard, update, sums. Returns the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        points = self.data_size or len(batch[0])
-        measured = self.backward(batch, points)
+        measured = self.backward(batch, self.data_size or len(batch[0]))
         if isinstance(self.objective, Objective):
             self.objective.advance()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if self.clip_norm is None:
-            norm = torch.nn.utils.get_total_norm(gradients)
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
-        bad = ~torch.isfinite(measured["loss"] + norm)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=self.foreach)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm, foreach=self.foreach)
+        self.apply(~torch.isfinite(measured["loss"] + norm), batch, measured["loss"])
+        self._add(measured, len(batch[0]))
+        return gradients
+
+    def apply(self, bad: Tensor, batch: tuple[Tensor, ...], loss: Tensor) -> None:
+        """The optimizer's update, unless the loss or the gradient is bad."""
         if self.deferred:
-            self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
             self.bad |= bad
+            self.optimizer.found_inf = self.bad.to(torch.float32)  # type: ignore[attr-defined]
         elif bool(bad):
-            raise NonFiniteError(self._diagnosis(batch, measured["loss"]))
+            raise NonFiniteError(self._diagnosis(batch, loss))
         self.optimizer.step()
-        self.schedule.step()
-        return measured
+
+    def _add(self, measured: Measured, points: int) -> None:
+        """Adds what was measured, times the data points, to the sums."""
+        values = torch.stack([value.double() for value in measured.values()])
+        self.sums += torch.where(self.bad, 0.0, points * values)
+        self.updates += ~self.bad
+
+    def skipped(self) -> int:
+        """Updates that were left out since one of them was bad; the host waits for the device."""
+        return self.calls - int(self.updates)
+
+    def compiled_shapes(self) -> list[Any]:
+        """The shapes of minibatches that run compiled, for a checkpoint."""
+        return []
+
+    def compile_shapes(self, shapes: list[Any]) -> None:
+        """Has the shapes compiled that were when :meth:`compiled_shapes` was asked, so that a fit continues alike."""
 
     def raise_if_bad(self, batch: tuple[Tensor, ...]) -> None:
-        """Raises the error of an update that was skipped on the device since the last call; ``batch`` is diagnosed."""
-        if self.deferred and bool(self.bad):
+        """Raises the error of the first update that was skipped on the device; ``batch`` was its minibatch."""
+        if bool(self.bad):
             raise NonFiniteError(self._diagnosis(batch, self.backward(batch, len(batch[0]))["loss"]))
 
     def backward(self, batch: tuple[Tensor, ...], points: int) -> Measured:
         """Adds the gradient of the loss per data point; returns loss, bound and parts."""
+        measured = self._backward(batch, points)
+        if not self.names:
+            self.names = tuple(measured)
+            self.sums = torch.zeros(len(measured), dtype=torch.float64, device=self.device)
+        return measured
+
+    def _backward(self, batch: tuple[Tensor, ...], points: int) -> Measured:
         if isinstance(self.objective, Objective):
             with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.autocast):
                 estimate = self.objective.estimate(self.model, self.guide, *batch)
             loss = estimate.loss / points
             loss.backward()
-            parts = {"bound": estimate.bound, "log_likelihood": estimate.log_likelihood}
-            parts |= {f"kl/{name}": value for name, value in estimate.kl.items()}
+            parts = {"bound": estimate.bound, **{f"kl/{name}": value for name, value in estimate.kl.items()}}
+            if estimate.log_likelihood is not None:  # sites that are summed out leave no parts
+                parts["log_likelihood"] = estimate.log_likelihood
             return {"loss": loss.detach(), **{name: value / points for name, value in parts.items()}}
         with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.autocast):
             total = self.objective.loss_and_grads(self.model, self.guide, *batch)

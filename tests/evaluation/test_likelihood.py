@@ -13,8 +13,8 @@ from exact import PPCA, LinearGuide
 import pyrovae
 from pyrovae.errors import ArgumentError, DataError, ModelGuideError
 from pyrovae.evaluation import active_units, effective_sample_size, kl_per_dimension, likelihood, log_likelihood
-from pyrovae.guides import AmortizedNormal
-from pyrovae.models import VAE
+from pyrovae.guides import AmortizedBernoulli, AmortizedNormal
+from pyrovae.models import VAE, SigmoidBeliefNet
 
 
 @pytest.fixture
@@ -146,8 +146,34 @@ def test_effective_sample_size_of_a_result_is_that_of_its_weights(ppca):
     result = log_likelihood(model, guide, x, 40, seed=3)
     assert (result.effective_sample_size >= 1).all()
     assert (result.effective_sample_size <= 40).all()
-    one_chunk = likelihood._power_sums(model, guide, (x,), 40, 1)
-    assert (2 * one_chunk[0] - one_chunk[1]).exp().shape == (50,)
+    first, second = likelihood._Chunks(model, guide, nesting=1, compile=False).power_sums((x,), 40)
+    assert (2 * first - second).exp().shape == (50,)
+
+
+def test_a_compiled_evaluation_draws_the_same_particles(ppca, monkeypatch):
+    """Full chunks by the graph, the last one eagerly; a second minibatch, smaller, has a graph of its own."""
+    model, guide, x = ppca
+    monkeypatch.setitem(likelihood._ELEMENTS, "cpu", 30 * 4 * 15)
+    monkeypatch.setattr(likelihood, "_POINTS", 30)
+    eager = log_likelihood(model, guide, x, 40, compile=False)
+    compiled = log_likelihood(model, guide, x, 40, compile=True)
+    torch.testing.assert_close(compiled.values, eager.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled.standard_error, eager.standard_error, rtol=1e-3, atol=1e-5)
+
+
+def test_an_evaluation_that_cannot_be_compiled_says_so_once_and_runs_eagerly(ppca):
+    model, guide, x = ppca
+
+    def branching(x):
+        return model(x) if x.sum() > -1e9 else None
+
+    eager = log_likelihood(branching, guide, x, 10, compile=False)
+    with pytest.warns(UserWarning, match="this evaluation runs eagerly, it cannot be compiled") as caught:
+        fallen = log_likelihood(branching, guide, x, 10, compile=True)
+    assert len(caught) == 1
+    assert torch.equal(fallen.values, eager.values)
+    with pytest.raises(ArgumentError, match="compile is 'yes'; it must be 'auto', True or False"):
+        log_likelihood(model, guide, x, 10, compile="yes")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,27 @@ def test_active_units_and_kl_per_dimension(ppca):
         active_units(guide, x, threshold=-1)
     with pytest.raises(ArgumentError, match="without encode"):
         active_units(lambda x: None, x)
+
+
+def test_kl_per_dimension_of_binary_units():
+    x = torch.bernoulli(torch.full((10, 4), 0.5))
+    model = SigmoidBeliefNet(data_shape=(4,), layers=(3,))
+    torch.nn.init.normal_(model.prior_logits)
+    guide = AmortizedBernoulli(model)
+    kl = kl_per_dimension(model, guide, x)
+    with torch.no_grad():
+        p, q = model.prior().mean, guide.encode(x).mean
+        expected = (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean(0)
+    torch.testing.assert_close(kl, expected.double(), rtol=1e-4, atol=1e-6)
+    assert not kl.requires_grad
+    two = SigmoidBeliefNet(data_shape=(4,), layers=(3, 3))
+    with pytest.raises(ArgumentError, match="must factorise"):
+        kl_per_dimension(two, AmortizedBernoulli(two), x)
+
+
+def test_kl_per_dimension_of_a_learnable_prior_is_a_plain_number():
+    model = VAE(data_shape=(4,), latent_dim=2, hidden=(8,), prior="learnable")
+    assert not kl_per_dimension(model, AmortizedNormal(model), torch.ones(3, 4)).requires_grad
 
 
 def test_a_fitted_vae_is_estimated_above_its_bound():

@@ -26,6 +26,8 @@ from torch.distributions import Bernoulli, Categorical, Independent, MixtureSame
 
 from pyrovae import plots
 from pyrovae.errors import ArgumentError, DataError
+from pyrovae.guides import AmortizedBernoulli
+from pyrovae.models import SigmoidBeliefNet
 from pyrovae.plots.images import intensities
 from pyrovae.plots.scatter import active_dimensions
 
@@ -317,6 +319,37 @@ class TestDecoded:
         drawn = [np.asarray(plots.samples(case.model, 6, seed=seed).images[0].get_array()) for seed in (0, 0, 1)]
         assert np.array_equal(drawn[0], drawn[1])
         assert not np.array_equal(drawn[0], drawn[2])
+
+
+class TestBinaryCodes:
+    @pytest.fixture(params=[(3,), (3, 2)])
+    def model(self, request: pytest.FixtureRequest) -> SigmoidBeliefNet:
+        return SigmoidBeliefNet(data_shape=(8, 8), layers=request.param)
+
+    def test_a_reconstruction_is_the_mean_over_the_codes(self, model: SigmoidBeliefNet) -> None:
+        guide, x = AmortizedBernoulli(model), torch.bernoulli(torch.full((2, 8, 8), 0.5))
+        torch.nn.init.normal_(model.decoders[0][0].weight)
+        codes = torch.cartesian_prod(*3 * [torch.tensor([0.0, 1.0])])
+        with torch.no_grad():
+            q = torch.stack([guide.encode(x).log_prob(code).exp() for code in codes])
+            exact = torch.einsum("cn,chw->nhw", q, model.decode(codes).mean)
+        ax = plots.reconstructions(model, guide, x)
+        for column, expected in enumerate(exact):  # 128 pixels, 0.05 their largest standard error
+            assert np.allclose(panel(ax, 1, column), expected, atol=0.2)
+
+    def test_samples_come_from_the_top_layer(self, model: SigmoidBeliefNet) -> None:
+        with torch.no_grad():
+            model.prior_logits.fill_(-50.0)  # no unit of the top layer is on
+            for decoder in model.decoders[1:]:
+                decoder[0].weight.fill_(50.0)  # and so none below it
+            expected = model.decode(torch.zeros(3)).mean
+        assert np.allclose(panel(plots.samples(model, 4), 1, 1), expected, atol=1e-6)
+
+    def test_nothing_is_decoded_between_codes(self, model: SigmoidBeliefNet) -> None:
+        with pytest.raises(ArgumentError, match="the prior is over discrete codes"):
+            plots.manifold(model)
+        with pytest.raises(ArgumentError, match="the posterior is over discrete codes"):
+            plots.interpolation(model, AmortizedBernoulli(model), torch.zeros(8, 8), torch.ones(8, 8))
 
 
 class TestPriors:

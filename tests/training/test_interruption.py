@@ -123,7 +123,10 @@ from pyrovae.guides import AmortizedNormal
 torch.manual_seed(0)
 model = VAE(data_shape=(4,), latent_dim=2, hidden=(8,))
 data = torch.bernoulli(torch.full((24, 4), 0.5), generator=torch.Generator().manual_seed(1))
-pyrovae.fit(model, AmortizedNormal(model), data, epochs=1_000_000, batch_size=8, lr=1e-2, run_dir=sys.argv[1])
+guide = AmortizedNormal(model)
+pyrovae.fit(
+    model, guide, data, epochs=1_000_000, batch_size=8, lr=1e-2, run_dir=sys.argv[1], compile=False
+)
 """
 
 

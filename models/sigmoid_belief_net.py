@@ -1,0 +1,146 @@
+"""The sigmoid belief net: layers of binary latents, the generative half of a Helmholtz machine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyrovae.errors import ArgumentError
+from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
+from pyrovae.models.networks import full_precision, mlp
+from pyrovae.registry import MODELS
+
+__all__ = ["SigmoidBeliefNet"]
+
+
+@MODELS.register
+class SigmoidBeliefNet(PyroModule):
+    r"""Layers of binary latents above binary data, each layer independent given the one above it.
+
+    .. math:: z_L \sim \mathrm{Bern}(\sigma(b)), \qquad
+        z_\ell \mid z_{\ell+1} \sim \mathrm{Bern}(\sigma(g_\ell(2 z_{\ell+1} - 1))), \qquad
+        x \mid z_1 \sim \mathrm{Bern}(\sigma(g_0(2 z_1 - 1)))
+
+    Without ``hidden`` every g is linear, and the model is Neal's sigmoid belief net. The sites are ``"z1"`` (next to
+    the data) to ``"zL"``. ``forward(x)`` conditions on a batch `n x *data_shape` of zeros and ones; ``forward(size=n)``
+    generates one.
+
+    Args:
+        data_shape: shape of one data point.
+        layers: numbers of binary units of the latent layers, from the data upwards.
+        hidden: widths of the hidden layers of each network g, from above to below (the guide's encoders mirror them).
+        activation: of the hidden layers.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+
+    References:
+        Neal 1992, https://doi.org/10.1016/0004-3702(92)90065-6; Dayan et al. 1995 (Helmholtz machine),
+        https://doi.org/10.1162/neco.1995.7.5.889; Yin & Zhou 2019 (as a variational autoencoder),
+        https://arxiv.org/abs/1807.11143.
+
+    Example:
+        >>> model = SigmoidBeliefNet(data_shape=(8, 8), layers=(20, 10))
+        >>> model(size=5).shape
+        torch.Size([5, 8, 8])
+        >>> sorted(pyro.poutine.trace(model).get_trace(torch.ones(3, 8, 8)).stochastic_nodes)
+        ['data', 'z1', 'z2']
+    """
+
+    likelihood = replace(
+        LIKELIHOODS["bernoulli"], advice="Binarize the data, as datasets.load does with binarization='dynamic'."
+    )
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        layers: Sequence[int] = (200,),
+        hidden: Sequence[int] = (),
+        activation: str = "tanh",
+    ) -> None:
+        super().__init__()
+        self.data_shape, self.layers, self.hidden = tuple(data_shape), tuple(layers), tuple(hidden)
+        self.activation = activation
+        for argument, given in (("data_shape", self.data_shape), ("layers", self.layers)):
+            if not given or any(not isinstance(size, int) or size < 1 for size in given):
+                raise ArgumentError(f"{argument} is {given!r}; it must hold whole numbers, at least 1 each")
+        self.latent_dim = self.layers[0]  # of what prior() draws and decode(z) takes
+        self.prior_logits = nn.Parameter(torch.zeros(self.layers[-1]))
+        widths = (math.prod(self.data_shape), *self.layers)
+        self.decoders = nn.ModuleList(
+            mlp(above, self.hidden, below, activation) for below, above in itertools.pairwise(widths)
+        )
+
+    def top(self) -> dist.TorchDistribution:
+        """p(z_L) of the top layer: batch shape (), event shape (layers[-1],)."""
+        return dist.Bernoulli(logits=self.prior_logits).to_event(1)
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z_1), for ``decode``: batch shape (), event shape (layers[0],); with several layers it has draws alone."""
+        return self.top() if len(self.layers) == 1 else _Ancestral(self)
+
+    def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
+        """p(z_layer | z) for `*batch x layers[layer]` units z of the layer above: batch shape `*batch`."""
+        return dist.Bernoulli(logits=full_precision(self.decoders[layer](2.0 * z - 1.0))).to_event(1)
+
+    def decode(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z_1) for `*batch x layers[0]` units: batch shape `*batch`, event shape ``data_shape``."""
+        logits = full_precision(self.decoders[0](2.0 * z - 1.0)).reshape(*z.shape[:-1], *self.data_shape)
+        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+
+    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+        """Conditions on ``x``, or generates ``size`` data points when it is ``None``; returns the data.
+
+        Args:
+            x: A `n x *data_shape` tensor of zeros and ones, or ``None``.
+            size: number of data points to generate.
+
+        Raises:
+            DataError: ``x`` is not a batch of data points of this model's shape.
+        """
+        if x is not None:
+            require_batch(x, self.data_shape)
+        with pyro.plate("data", size if x is None else len(x), device=self.prior_logits.device):
+            z = pyro.sample(f"z{len(self.layers)}", self.top())
+            for layer in range(len(self.layers) - 1, 0, -1):
+                z = pyro.sample(f"z{layer}", self.below(layer, z))
+            return pyro.sample("x", self.decode(z), obs=x)
+
+    @torch.no_grad()
+    def initialize_output(self, x: Tensor) -> SigmoidBeliefNet:
+        """Sets the bias of the data so that the model starts at their mean, and returns the model.
+
+        Args:
+            x: A `n x *data_shape` tensor of data (or of their intensities).
+        """
+        last = [module for module in self.decoders[0].modules() if isinstance(module, nn.Linear)][-1]
+        last.bias.copy_(self.likelihood.bias(x.to(self.prior_logits).mean(0)).reshape(-1))
+        return self
+
+
+class _Ancestral(dist.TorchDistribution):
+    """p(z_1) below other layers, which cannot be summed out: draws, but neither density nor moments."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(self, model: SigmoidBeliefNet) -> None:
+        self.model = model
+        super().__init__(torch.Size(), torch.Size((model.layers[0],)))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        z: Tensor = self.model.top().sample(torch.Size(sample_shape))
+        for layer in range(len(self.model.layers) - 1, 0, -1):
+            z = self.model.below(layer, z).sample()
+        return z

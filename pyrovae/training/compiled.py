@@ -1,0 +1,246 @@
+"""One gradient step, compiled: the eager step's own code as one graph for each shape of minibatch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrovae.errors import CompilationError
+from pyrovae.modes import modules_of
+from pyrovae.objectives import Objective
+from pyrovae.structure import Program
+from pyrovae.training.graph import Compiled, Function, compile_function
+from pyrovae.training.step import EagerStep
+
+__all__ = ["CompiledStep", "Graphs", "Learning", "buffers_of", "objective_state"]
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[tuple[torch.Size, torch.dtype], ...]  # of each tensor of a minibatch
+
+# "auto" compiles a shape when the steps that remain with it take longer than this eagerly. Compiling takes some 10 s,
+# and a compiled step at most two thirds of the time.
+_WORTH_SECONDS = 45.0
+_WARM_STEPS = 5
+
+
+class Learning:
+    """Makes torch optimizers traceable: learning rates and step counts as tensors.
+
+    Args:
+        optimizers: already stepped once, so that their state exists.
+
+    Raises:
+        CompilationError: an optimizer keeps Python numbers in its state.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        self._groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._seen = [float(group["lr"]) for group in self._groups]
+        self._rates = [
+            torch.tensor(rate, device=group["params"][0].device)
+            for rate, group in zip(self._seen, self._groups, strict=True)
+        ]
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                numbers = [key for key, value in state.items() if isinstance(value, int | float)]
+                if numbers:
+                    raise CompilationError(
+                        f"{type(optimizer).__name__} keeps {', '.join(numbers)} as a Python number; use an optimizer of"
+                        " torch.optim (or of pyro.optim that wraps one)"
+                    )
+                if "step" in state:
+                    state["step"] = state["step"].to(parameter.device)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step reads or updates."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [*self._rates, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
+
+    def follow(self) -> None:
+        """Takes over learning rates that changed since the last step."""
+        for index, group in enumerate(self._groups):
+            if group["lr"] != self._seen[index]:
+                self._seen[index] = group["lr"]
+                self._rates[index].fill_(group["lr"])
+
+    @contextlib.contextmanager
+    def traceable(self) -> Iterator[None]:
+        """Within the block an optimizer's step reads nothing on the host."""
+        plain = {"foreach": True, "fused": False, "capturable": True}  # the variant whose rate may be a tensor
+        before = [{key: group[key] for key in ("lr", *plain) if key in group} for group in self._groups]
+        flag = torch.compiler._is_compiling_flag
+        try:
+            for group, rate in zip(self._groups, self._rates, strict=True):
+                group.update({"lr": rate} | {key: value for key, value in plain.items() if key in group})
+            torch.compiler._is_compiling_flag = True
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = flag
+            for group, values in zip(self._groups, before, strict=True):
+                group.update(values)
+
+
+def buffers_of(*programs: Program) -> list[Tensor]:
+    """The buffers of model and guide."""
+    return [buffer for program in programs for module in modules_of(program) for buffer in module.buffers()]
+
+
+def objective_state(objective: Any) -> list[Tensor]:
+    """The tensors that an objective keeps from step to step."""
+    return [objective.step] if isinstance(objective, Objective) else []
+
+
+class Graphs:
+    """Compiled graphs of one function, by the shapes of its arguments; none any more once one could not be compiled.
+
+    Args:
+        function: from tensors to results and gradients.
+        what: the function, as a reader would say it, for the warning.
+    """
+
+    def __init__(self, function: Function, what: str) -> None:
+        self.function = function
+        self.what = what
+        self.failed = False
+        self._graphs: dict[Any, Compiled] = {}
+
+    def __getitem__(self, key: Any) -> Compiled | None:
+        return self._graphs.get(key)
+
+    def add(self, key: Any, args: Sequence[Tensor], state: Callable[[], Sequence[Tensor]]) -> Compiled | None:
+        """Compiles the function for arguments like these; ``None``, after a warning, where that cannot be done.
+
+        Args:
+            key: under which the graph will be found.
+            args: tensors of the shapes that it is compiled for.
+            state: gives the tensors that the function updates.
+
+        Raises:
+            CompilationError: the compiled function gives other numbers than the eager one.
+        """
+        start = time.perf_counter()
+        try:
+            graph = compile_function(self.function, args, state())
+        except CompilationError as error:
+            if error.wrong:
+                raise
+            self.failed = True
+            warnings.warn(f"{self.what} runs eagerly, it cannot be compiled: {error}", stacklevel=4)
+            return None
+        shapes = ", ".join(str(tuple(arg.shape)) for arg in args)
+        logger.info("compiled %s for shapes %s in %.1f s", self.what, shapes, time.perf_counter() - start)
+        self._graphs[key] = graph
+        return graph
+
+
+@dataclass
+class CompiledStep(EagerStep):
+    """An :class:`EagerStep` that compiles itself, once for each shape of minibatch.
+
+    The first step is eager, so that the optimizer's state exists. A step that cannot be compiled says why, once, and
+    stays eager. An update with a loss or gradient that is not finite is skipped, and so are all after it, until
+    :meth:`raise_if_bad` is called.
+
+    Args:
+        mode: ``True``, or ``"auto"`` to compile a shape only when the steps that remain pay for it.
+        steps: number of steps to come, from which ``"auto"`` decides.
+    """
+
+    mode: Literal["auto", True] = True
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.graphs = Graphs(self._function, "the step of this fit")
+        self.chosen: list[Key] = []  # shapes that are compiled, now or as soon as they come
+        self._learning: Learning | None = None
+        self._tracing = False
+        self._times: dict[Key, list[float]] = {}
+
+    def __call__(self, batch: tuple[Tensor, ...]) -> None:
+        """One update, eager or compiled."""
+        key = tuple([(part.shape, part.dtype) for part in batch])
+        graph = self.graphs[key] or self._compiled(key, batch)
+        if graph is None:
+            start = time.perf_counter()
+            super().__call__(batch)
+            self._times.setdefault(key, []).append(time.perf_counter() - start)
+            return
+        assert self._learning is not None
+        self._learning.follow()
+        graph(*batch)
+        self.calls += 1
+        self.schedule.step()
+
+    def compiled_shapes(self) -> list[Any]:
+        return [[[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in key] for key in self.chosen]
+
+    def compile_shapes(self, shapes: list[Any]) -> None:
+        self.chosen = [tuple((torch.Size(shape), getattr(torch, name)) for shape, name in key) for key in shapes]
+
+    def apply(self, bad: Tensor, batch: tuple[Tensor, ...], loss: Tensor) -> None:
+        """The optimizer's update; in a graph, everything it changed is put back where an update was bad."""
+        if not self._tracing:
+            return super().apply(bad, batch, loss)
+        assert self._learning is not None
+        self.bad |= bad
+        changed = [*self.parameters.values(), *self._learning.tensors()]
+        before = [tensor.detach().clone() for tensor in changed]
+        with self._learning.traceable():
+            self.optimizer.step()
+        with torch.no_grad():
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(torch.where(self.bad, value, tensor))
+        return None
+
+    def _compiled(self, key: Key, batch: tuple[Tensor, ...]) -> Compiled | None:
+        """The graph for a shape, if it is to have one now."""
+        wanted = key in self.chosen or self.mode is True or self._worth(key)
+        if self.graphs.failed or not self.optimizer.state or not wanted:
+            return None
+        if key not in self.chosen:
+            self.chosen.append(key)
+        graph = self.graphs.add(key, batch, self._state)
+        self.optimizer.zero_grad(set_to_none=True)
+        return graph
+
+    def _function(self, *batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The step as it is traced."""
+        self._tracing, self.foreach = True, False
+        try:
+            gradients = self.update(batch)
+            return [self.sums], gradients
+        finally:
+            self._tracing, self.foreach = False, None
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step updates."""
+        self._learning = self._learning or Learning([self.optimizer])
+        return [
+            *self.parameters.values(),
+            *self._learning.tensors(),
+            *buffers_of(self.model, self.guide),
+            *objective_state(self.objective),
+            self.bad,
+            self.updates,
+            self.sums,
+        ]
+
+    def _worth(self, key: Key) -> bool:
+        """Whether the steps that remain with this shape would take long enough eagerly."""
+        times = self._times.get(key, [])
+        if len(times) != _WARM_STEPS:  # it decides once
+            return False
+        share = len(times) / max(1, sum(len(each) for each in self._times.values()))
+        seconds = sorted(times)[len(times) // 2] * share * (self.steps - self.calls)
+        return seconds > _WORTH_SECONDS

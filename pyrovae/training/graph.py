@@ -1,0 +1,378 @@
+"""A function of tensors, traced through Pyro's handlers to one ATen graph and compiled by Inductor.
+
+Plain ``torch.compile`` reads Python bytecode and breaks at Pyro's handlers. Here the function is run, and what it does
+to tensors is recorded (``make_fx``): forward pass, gradients and the optimizer's update become one graph, in which the
+handlers have left no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import logging
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pyro
+import torch
+from pyro.infer.util import torch_item
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyrovae.errors import CompilationError
+
+__all__ = ["Compiled", "Function", "compile_function"]
+
+Function = Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]]
+"""From arguments to results and gradients; it may update tensors in place."""
+
+# Inductor draws random numbers with torch's own kernels, in the order of the eager run, so that both agree. It need not
+# look at the shapes of its inputs at every call, which are those it was compiled for.
+_OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+# From this number of multiplications, oneDNN's matrix product is the faster one (benchmarks/NOTES.md).
+_ONEDNN_FROM = 2**20
+
+
+class Compiled:
+    """A compiled graph with the tensors that it reads and updates in place.
+
+    Args:
+        run: Inductor's callable, which gives results and gradients in one sequence.
+        state: tensors that are the same at every call, sharing memory with what the function works on.
+        results: number of results.
+    """
+
+    def __init__(self, run: Callable[..., Any], state: Sequence[Tensor], results: int) -> None:
+        self._run = run
+        self._state = [tensor.detach() for tensor in state]
+        self._results = results
+
+    @torch.no_grad()
+    def __call__(self, *args: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Runs the graph on new arguments; updates the state in place; gives results and gradients."""
+        given = self._run(*args, *self._state)
+        return given[: self._results], given[self._results :]
+
+    @torch.no_grad()
+    def capture(self, args: Sequence[Tensor]) -> None:
+        """Records the kernels of one call in a CUDA graph, which later calls replay: the host launches once a call.
+
+        Arguments are then copied into those of the recording, and results are valid until the next call.
+        """
+        static, state, run = [arg.clone() for arg in args], self._state, self._run
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            given = run(*static, *state)
+
+        def replay(*inputs: Tensor) -> Any:
+            for place, value in zip(static, inputs, strict=False):  # the state follows, in its place already
+                place.copy_(value)
+            recorded.replay()
+            return given
+
+        self._run = replay
+
+
+def compile_function(function: Function, args: Sequence[Tensor], state: Sequence[Tensor]) -> Compiled:
+    """Traces a function and compiles it.
+
+    The function is run four times: to trace it, to trace it again and see that nothing but tensors changes from call to
+    call, to know what it should give, and compiled. State and random state are then as they were.
+
+    Args:
+        function: from tensors to results and gradients; it may update ``state`` in place.
+        args: tensors of the shapes that it will be called with.
+        state: every tensor that it updates. Other tensors that it reads become constants of the graph, by reference.
+
+    Returns:
+        A :class:`Compiled`, called with new arguments.
+
+    Raises:
+        CompilationError: control flow that depends on data, a Python number that changes from call to call, an
+            operator without a compiled form, no C++ compiler, or results that differ from the eager ones.
+
+    Example:
+        >>> total = torch.zeros(2)
+        >>> add = compile_function(lambda x: ([total.add_(x).sum()], []), [torch.ones(2)], [total])
+        >>> results, gradients = add(torch.ones(2))
+        >>> results[0], total
+        (tensor(2.), tensor([1., 1.]))
+    """
+    own = list({id(tensor): tensor for tensor in state}.values())
+    keep = _Snapshot(own, args[0].device if args else own[0].device)
+    try:
+        graph, lifted, results = _trace(function, args, own)
+        keep.restore()
+        again, lifted_again, _ = _trace(function, args, own)
+    except CompilationError:
+        raise
+    except Exception as error:  # anything may come out of a user's model
+        raise CompilationError(f"it cannot be traced: {_first_line(error)}{_where(error)}") from error
+    finally:
+        keep.restore()
+    _require_static(graph, again, lifted, lifted_again)
+    _use_onednn(graph)
+    try:
+        compiled = Compiled(_inductor(graph, [*args, *own, *lifted]), [*own, *lifted], results)
+    except Exception as error:  # Inductor's failures have no common base
+        raise CompilationError(f"Inductor cannot compile it: {_first_line(error)}") from error
+    _compare(function, compiled, args, own, keep)
+    if args and args[0].is_cuda:
+        compiled.capture(args)
+        keep.restore()
+    return compiled
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+def _trace(
+    function: Function, args: Sequence[Tensor], state: Sequence[Tensor]
+) -> tuple[GraphModule, list[Tensor], int]:
+    """The graph of one run, whose inputs are args, state and the constants it met; these; how many results it has."""
+    copies = [arg.detach().view_as(arg) for arg in args]  # an argument may also be a tensor that the model holds
+    counts = []
+
+    def flat(*_: Tensor) -> list[Tensor]:
+        results, gradients = function(*copies)
+        counts.append(len(results))
+        return [*results, *gradients]
+
+    with pyro.validation_enabled(False), _no_host_values():
+        graph = make_fx(flat)(*copies, *state)
+    lifted: list[Tensor] = []
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and isinstance(getattr(graph, str(node.target), None), Tensor):
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"constant_{len(lifted)}")
+            last.meta = dict(node.meta)
+            lifted.append(getattr(graph, str(node.target)))
+            node.replace_all_uses_with(last)
+            graph.graph.erase_node(node)
+    for node in reversed(list(graph.graph.nodes)):  # the optimizer's marks for the profiler
+        if "profiler" in str(node.target):
+            graph.graph.erase_node(node)
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.recompile()
+    return graph, lifted, counts[0]
+
+
+@contextlib.contextmanager
+def _no_host_values() -> Iterator[None]:
+    """Within the block, Pyro's losses leave on the device what they would otherwise read for their return value."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("pyro.") and module is not None]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("pyro.util.torch_isnan", return_value=False))
+        for module in modules:
+            if isinstance(module, ModuleType) and vars(module).get("torch_item") is torch_item:
+                stack.enter_context(mock.patch.object(module, "torch_item", _detached))
+        yield
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _require_static(one: GraphModule, two: GraphModule, constants: list[Tensor], others: list[Tensor]) -> None:
+    """Two runs must have left the same graph, or tracing would freeze what changes between them."""
+    for ours, theirs in zip(one.graph.nodes, two.graph.nodes, strict=False):
+        if (ours.op, str(ours.target)) != (theirs.op, str(theirs.target)):
+            raise CompilationError(f"two steps took different paths: one has {ours.target}, the other {theirs.target}")
+        if str(ours.args) != str(theirs.args) or str(ours.kwargs) != str(theirs.kwargs):
+            raise CompilationError(
+                f"a Python number changes from step to step: {ours.target}{ours.args} became {theirs.args}. Hold it in"
+                " a tensor (a buffer) that is updated in place"
+            )
+    if len(one.graph.nodes) != len(two.graph.nodes):
+        raise CompilationError("two steps took different paths (one is longer)")
+    for ours, theirs in zip(constants, others, strict=True):
+        if ours is not theirs and not (ours.shape == theirs.shape and torch.equal(ours, theirs)):
+            raise CompilationError(
+                "a tensor is made anew from Python numbers that change from step to step; hold it in a buffer that is"
+                " updated in place"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Compiling
+
+
+@torch.no_grad()
+def _inductor(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    for node in graph.graph.nodes:
+        node.meta.clear()  # fake tensors of the trace, which Inductor would take for its own
+    with _quiet():
+        from torch._inductor.compile_fx import compile_fx
+
+        run: Any = compile_fx(graph, [tensor.detach() for tensor in inputs], config_patches=_OPTIONS)
+    return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what Inductor warns of its own deprecated calls, and of a machine without a GPU."""
+    extension = logging.getLogger("torch.utils.cpp_extension")
+    level = extension.level
+    extension.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        extension.setLevel(level)
+
+
+def _use_onednn(graph: GraphModule) -> None:
+    """Gives large float32 matrix products on a CPU to oneDNN, which on some processors has the faster kernels."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, left, right = node.args
+        if _worth_onednn(left, right) and not (bias and bias[0].meta["val"].shape != right.meta["val"].shape[1:]):
+            with graph.graph.inserting_before(node):
+                product = graph.graph.call_function(_matmul(), (left, right, *(bias or [None])))
+            node.replace_all_uses_with(product)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+@functools.cache
+def _matmul() -> Any:
+    """oneDNN's product as an operator of its own (Inductor takes the built-in one for constant weights alone)."""
+    library = torch.library.Library("pyrovae", "DEF")
+    library.define("matmul(Tensor left, Tensor right, Tensor? bias) -> Tensor")
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    library.impl("matmul", lambda left, right, bias: linear(left, right.t(), bias, "none", [], ""), "CPU")
+    library.impl("matmul", lambda left, right, bias: left.new_empty(left.shape[0], right.shape[1]), "Meta")
+    _LIBRARIES.append(library)
+    return torch.ops.pyrovae.matmul.default
+
+
+_LIBRARIES: list[Any] = []  # an operator lives as long as its library
+
+
+def _worth_onednn(left: Node, right: Node) -> bool:
+    a, b = left.meta["val"], right.meta["val"]
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= _ONEDNN_FROM
+    return large and a.dtype == torch.float32 and a.device.type == "cpu"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checking
+
+
+class _Snapshot:
+    """Values of some tensors and the random state, to go back to."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self.tensors, self.device = tensors, device
+        self.values = [tensor.detach().clone() for tensor in tensors]
+        self.rng = torch.get_rng_state()
+        self.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in zip(self.tensors, self.values, strict=True):
+            tensor.copy_(value)
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng, self.device)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one run gave, and the state after it."""
+
+    results: list[Tensor]
+    gradients: list[Tensor]
+    state: list[Tensor]
+
+
+def _compare(
+    function: Function,
+    compiled: Compiled,
+    args: Sequence[Tensor],
+    state: Sequence[Tensor],
+    keep: _Snapshot,
+    attempts: int = 3,
+) -> None:
+    """Eager and compiled runs give the same results, gradients and updates from the same state.
+
+    A discrete draw may fall on the other side of its threshold by rounding alone, so a difference is looked at again at
+    other random numbers; a real one stays.
+    """
+    said = ""
+    for attempt in range(attempts):
+        outcomes = []
+        for run in (function, compiled):
+            keep.restore()
+            torch.manual_seed(torch.initial_seed() + attempt)
+            with pyro.validation_enabled(False), _no_host_values():
+                given = run(*args)
+            outcomes.append(_Outcome(*([t.detach().double() for t in part] for part in (*given, state))))
+        keep.restore()
+        said = _difference(outcomes[0], outcomes[1], [value.double() for value in keep.values])
+        if not said:
+            return
+    raise CompilationError(f"the compiled step differs from the eager one at the same draws: {said}", wrong=True)
+
+
+def _difference(eager: _Outcome, compiled: _Outcome, before: list[Tensor]) -> str:
+    """What differs by more than rounding, or nothing.
+
+    An adaptive optimizer turns a gradient that is zero but for rounding into a full step of either sign, so gradients
+    are compared by their norm over all parameters, and of the updates a fifth may differ.
+    """
+    for index, (one, two) in enumerate(zip(eager.results, compiled.results, strict=True)):
+        if not torch.allclose(one, two, rtol=1e-3, atol=1e-4, equal_nan=True):
+            return f"result {index} is {float(one.mean()):.8g} eagerly and {float(two.mean()):.8g} compiled"
+    size = sum(float(one.square().sum()) for one in eager.gradients)
+    pairs = zip(eager.gradients, compiled.gradients, strict=True)
+    off = sum(float((one - two).square().sum()) for one, two in pairs)
+    if off > 1e-4 * size + 1e-12:  # so a relative error above 1 %
+        return f"the gradient is off by {(off / size) ** 0.5 if size else math.inf:.2g} of its norm"
+    elements, differing = 0, 0
+    for one, two, start in zip(eager.state, compiled.state, before, strict=True):
+        tolerance = 0.02 * (one - start).abs() + 1e-6 * one.abs().max() if one.numel() else one
+        elements += one.numel()
+        differing += int(((one - two).abs() > tolerance).sum())
+    if differing > 0.2 * elements:
+        return f"{differing} of {elements} numbers of parameters and optimizer change otherwise"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Saying what went wrong
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of the user's code, else of Pyro's; neither torch's nor ours."""
+    torch_code, pyro_code, ours = (Path(path).parent for path in (torch.__file__, pyro.__file__, Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_absolute()]
+    frames = [frame for frame in frames if not {torch_code, ours} & set(Path(frame.filename).parents)]
+    users = [frame for frame in frames if pyro_code not in Path(frame.filename).parents]
+    for frame in (users or frames)[-1:]:
+        line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+        return f" (at {Path(frame.filename).name}:{frame.lineno}: {line})"
+    return ""

@@ -1,0 +1,180 @@
+"""``pyrovae.SVI``: Pyro's SVI with a compiled step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO as PyroELBO
+from pyro.infer.util import torch_item
+from pyro.optim import PyroOptim
+from pyro.util import warn_if_nan
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyrovae.errors import ArgumentError, CompilationError
+from pyrovae.structure import Program
+from pyrovae.training.compiled import Graphs, Learning, buffers_of, objective_state
+from pyrovae.training.graph import Function
+
+__all__ = ["SVI"]
+
+
+class SVI(pyro.infer.SVI):
+    r"""``pyro.infer.SVI`` with a compiled step: a Pyro notebook changes its import and nothing else.
+
+    The first step is Pyro's own, eager and validated. The second traces loss, gradients and the optimizer's updates to
+    one graph for each shape of arguments, compiles it and compares it with the eager step at the same random numbers;
+    that takes some seconds. Every later step runs the graph. It draws the same random numbers as Pyro's step and gives
+    the same losses up to rounding.
+
+    Model and guide must have a static structure: tensors may change from step to step, Python numbers and branches
+    that depend on values may not (arguments other than tensors get a graph each). Where that does not hold, or an
+    operator has no compiled form, a warning says why and the steps stay eager.
+
+    Args:
+        model: Pyro model.
+        guide: Pyro guide.
+        optim: a ``pyro.optim`` optimizer around one of ``torch.optim``; learning rates may change from step to step.
+        loss: an objective of pyrovae or a loss of ``pyro.infer``, or a function of model, guide and arguments.
+        loss_and_grads: as for ``pyro.infer.SVI``.
+        compile: ``False`` for Pyro's own step.
+        **kwargs: as for ``pyro.infer.SVI``.
+
+    Raises:
+        ArgumentError: ``compile`` is neither ``True`` nor ``False``.
+        CompilationError: at the second step, compiled numbers that differ from the eager ones.
+
+    References:
+        Bingham et al. 2019 (Pyro), https://jmlr.org/papers/v20/18-403.html; Ansel et al. 2024 (Inductor),
+        https://doi.org/10.1145/3620665.3640366.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=pyro.infer.Trace_ELBO(), compile=False)
+        >>> svi.step(torch.ones(5)) > 0
+        True
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: PyroOptim,
+        loss: PyroELBO | Callable[..., Any],
+        loss_and_grads: Callable[..., Any] | None = None,
+        *,
+        compile: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(compile, bool):
+            raise ArgumentError(f"compile is {compile!r}; it must be True or False")
+        super().__init__(model, guide, optim, loss, loss_and_grads, **kwargs)
+        self.compile = compile
+        self._objective = loss
+        self._graphs: dict[Any, Graphs] = {}
+        self._learning: Learning | None = None
+        self._parameters: dict[str, Tensor] = {}
+        self._stored: dict[str, Tensor] = {}
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One gradient step.
+
+        Args:
+            *args: passed to model and guide.
+            **kwargs: passed to both.
+
+        Returns:
+            The loss before the step, a float (what the loss gives, where that is a tuple).
+        """
+        if not self.compile:
+            return super().step(*args, **kwargs)
+        if self._learning is None or not self._current():
+            return self._first(args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        static = tuple((type(leaf).__name__, repr(leaf)) for leaf in leaves if not isinstance(leaf, Tensor))
+        key = (str(spec), static, tuple((leaf.shape, leaf.dtype) for leaf in tensors))
+        graphs = self._graphs.get(key)
+        if graphs is None:
+            graphs = self._graphs[key] = Graphs(self._function(leaves, spec), "this SVI")
+        graph = graphs[()] or (None if graphs.failed else graphs.add((), tensors, self._state))
+        if graph is None:
+            return super().step(*args, **kwargs)
+        self._learning.follow()
+        losses, _ = graph(*tensors)
+        loss = tuple(map(torch_item, losses))
+        for value in loss:
+            warn_if_nan(value, "loss")
+        return loss[0] if len(loss) == 1 else loss
+
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pyro's step, which makes the parameters and the optimizers' state."""
+        self._graphs.clear()
+        with poutine.trace(param_only=True) as seen:
+            loss = super().step(*args, **kwargs)
+        self._parameters = {name: site["value"].unconstrained() for name, site in seen.trace.nodes.items()}
+        store = pyro.get_param_store()._params
+        self._stored = {name: leaf for name, leaf in self._parameters.items() if store.get(name) is leaf}
+        owned = [self.optim.optim_objs[leaf] for leaf in self._parameters.values() if leaf in self.optim.optim_objs]
+        try:
+            self._learning = Learning(getattr(each, "optimizer", each) for each in owned)  # a scheduler's optimizer
+        except CompilationError as error:
+            self.compile = False
+            warnings.warn(f"this SVI runs eagerly, it cannot be compiled: {error}", stacklevel=3)
+        return loss
+
+    def _current(self) -> bool:
+        """Whether the parameter store still holds the tensors of the graphs (``clear_param_store`` makes new ones)."""
+        store = pyro.get_param_store()._params
+        return all(store.get(name) is leaf for name, leaf in self._stored.items())
+
+    def _function(self, leaves: list[Any], spec: Any) -> Function:
+        """The step as it is traced: a function of the tensors among the arguments."""
+        places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def function(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            assert self._learning is not None
+            filled = list(fixed)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            parameters = list(self._parameters.values())
+            _drop_gradients(parameters)
+            try:
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                moved = [p for p in parameters if p.grad is not None]
+                gradients = [p.grad for p in moved if p.grad is not None]
+                with self._learning.traceable():
+                    self.optim(moved)
+            finally:
+                _drop_gradients(parameters)
+            losses = loss if isinstance(loss, tuple) else (loss,)
+            return [torch.as_tensor(value).detach() for value in losses], gradients
+
+        return function
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step updates."""
+        assert self._learning is not None
+        return [
+            *self._parameters.values(),
+            *self._learning.tensors(),
+            *buffers_of(self.model, self.guide),
+            *objective_state(self._objective),
+        ]
+
+
+def _drop_gradients(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,173 @@
+"""``pyrovae.SVI`` is ``pyro.infer.SVI`` with a compiled step: the same losses at the same seed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI as PyroSVI
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyrovae
+from pyrovae.errors import ArgumentError
+from pyrovae.guides import AmortizedNormal
+from pyrovae.models import VAE
+from pyrovae.training import svi as module
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+
+
+def model(x: Tensor) -> None:
+    """Mean and scale of normal data, with a learnable factor."""
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+    scale = pyro.sample("scale", dist.Gamma(2.0, 2.0))
+    factor = pyro.param("factor", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, scale * factor), obs=x)
+
+
+def guide(x: Tensor) -> None:
+    loc, width = pyro.param("loc", torch.tensor(0.0)), pyro.param("width", torch.tensor(0.5), constraints.positive)
+    pyro.sample("mean", dist.Normal(loc, width))
+    pyro.sample("scale", dist.LogNormal(pyro.param("log_scale", torch.tensor(0.0)), 0.3))
+
+
+def subsampling(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("data", len(x), subsample_size=5) as rows:
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x[rows])
+
+
+def data(points: int = 20) -> Tensor:
+    return 1.0 + torch.randn(points, generator=torch.Generator().manual_seed(0))
+
+
+def losses(cls: Any, programs: Any, loss: Any, optim: Any, steps: int, **settings: Any) -> Tensor:
+    """Losses of some steps from the same seed; the last one after a change of the learning rates' schedule, if any."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    made = optim()
+    svi = cls(*programs(), made, loss(), **settings)
+    found = []
+    for step in range(steps):
+        found.append(svi.step(data()))
+        if step % 10 == 9 and hasattr(made, "step"):
+            made.step()  # of a scheduler
+    return torch.tensor(found)
+
+
+def adam(**clip: float) -> Any:
+    return pyro.optim.Adam({"lr": 0.01}, clip or None)
+
+
+CASES: dict[str, tuple[Any, Any, Any]] = {
+    "plain functions": (lambda: (model, guide), Trace_ELBO, adam),
+    "particles": (lambda: (model, guide), lambda: Trace_ELBO(num_particles=4, vectorize_particles=True), adam),
+    "mean field": (lambda: (model, guide), TraceMeanField_ELBO, lambda: adam(clip_norm=1.0)),
+    "graph": (lambda: (model, guide), TraceGraph_ELBO, lambda: pyro.optim.AdamW({"lr": 0.01})),
+    "AutoNormal": (lambda: (model, AutoNormal(model)), Trace_ELBO, lambda: pyro.optim.RMSprop({"lr": 0.01})),
+    "AutoMultivariateNormal": (
+        lambda: (model, AutoMultivariateNormal(model)),
+        lambda: pyrovae.ELBO(gradient="stl"),
+        lambda: pyro.optim.Adamax({"lr": 0.01}),
+    ),
+    "AutoLowRank": (
+        lambda: (model, AutoLowRankMultivariateNormal(model)),
+        lambda: pyrovae.IWAE(5, "dreg"),
+        lambda: pyro.optim.SGD({"lr": 5e-4, "momentum": 0.9}),
+    ),
+    "AutoDelta": (lambda: (model, AutoDelta(model)), Trace_ELBO, adam),
+    "subsampled plate": (lambda: (subsampling, AutoNormal(subsampling)), Trace_ELBO, adam),
+    "scheduler": (
+        lambda: (model, guide),
+        Trace_ELBO,
+        lambda: pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.5}),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_losses_are_pyros(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs eagerly")
+        ours = losses(pyrovae.SVI, *CASES[name], steps=100)
+    assert torch.allclose(ours, losses(PyroSVI, *CASES[name], steps=100), rtol=1e-3, atol=1e-3)
+
+
+def test_modules_arguments_of_several_shapes_and_evaluation() -> None:
+    """A graph for each shape, and for each argument that is no tensor; the loss is evaluated as Pyro does."""
+
+    def run(cls: Any) -> list[float]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = VAE(data_shape=(4,), latent_dim=2, hidden=(8,))
+        svi = cls(vae, AmortizedNormal(vae), adam(), pyrovae.ELBO())
+        batches = [(torch.rand(n, 4) < 0.5).float() for n in (8, 8, 4, 8, 4, 4)]
+        found = [svi.step(batch) for batch in batches]
+        assert isinstance(found[-1], float)
+        return [*found, svi.evaluate_loss(batches[0])]
+
+    assert run(pyrovae.SVI) == pytest.approx(run(PyroSVI), rel=1e-4)
+
+
+def test_a_cleared_parameter_store_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph holds the old parameters; running it on would train tensors that nobody sees."""
+
+    def run(cls: Any) -> tuple[list[float], float]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = cls(model, guide, adam(), Trace_ELBO())
+        found = [svi.step(data()) for _ in range(4)]
+        pyro.clear_param_store()
+        found += [svi.step(data()) for _ in range(4)]
+        return found, float(pyro.param("loc").detach())
+
+    (ours, loc), (theirs, expected) = run(pyrovae.SVI), run(PyroSVI)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert loc == pytest.approx(expected, rel=1e-3)
+    assert loc != 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "optim", "said"),
+    [
+        (lambda: RenyiELBO(num_particles=2), adam, r"renyi_elbo.py:\d+: elbo = .*item\(\)"),
+        (Trace_ELBO, lambda: pyro.optim.ClippedAdam({"lr": 0.01}), "ClippedAdam keeps step as a Python number"),
+    ],
+)
+def test_what_cannot_be_compiled_says_why_and_is_pyros_step(loss: Any, optim: Any, said: str) -> None:
+    programs = lambda: (model, guide)  # noqa: E731
+    with pytest.warns(UserWarning, match=f"this SVI runs eagerly, it cannot be compiled.*{said}") as caught:
+        ours = losses(pyrovae.SVI, programs, loss, optim, steps=5)
+    assert len(caught) == 1
+    assert torch.equal(ours, losses(PyroSVI, programs, loss, optim, steps=5))
+
+
+def test_without_compile_it_is_pyros_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Graphs", lambda *_: pytest.fail("compiled"))
+    programs = lambda: (model, guide)  # noqa: E731
+    ours = losses(pyrovae.SVI, programs, Trace_ELBO, adam, steps=3, compile=False)
+    assert torch.equal(ours, losses(PyroSVI, programs, Trace_ELBO, adam, steps=3))
+    with pytest.raises(ArgumentError, match="compile is 'auto'; it must be True or False"):
+        pyrovae.SVI(model, guide, adam(), Trace_ELBO(), compile="auto")
+
+
+def test_a_loss_that_is_not_a_number_is_warned_of_as_pyro_does() -> None:
+    def broken(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        pyro.factor("x", (x.sum() + mean).sqrt())
+
+    svi = pyrovae.SVI(broken, AutoNormal(broken), adam(), pyrovae.ELBO())
+    torch.manual_seed(0)
+    for _ in range(3):
+        assert svi.step(torch.full((2,), 50.0)) < 0
+    with pytest.warns(UserWarning, match="NaN"):
+        assert svi.step(torch.full((2,), -50.0)) != 0

@@ -42,6 +42,7 @@ notebooks: $(STAMP)  ## execute every notebook in place, with its full settings
 bench: $(STAMP)  ## the benchmarks that take minutes; the recipes of benchmarks/reproduce take longer
 	@$(BIN)/python -m benchmarks.log_likelihood
 	@$(BIN)/python -m benchmarks.objectives
+	@$(BIN)/python -m benchmarks.speed
 
 clean:  ## remove what was built (the environment and the runs stay)
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ import typer
 
 from pyrovae.cli.measure import as_rows, measure
 from pyrovae.cli.shared import (
+    Compile,
     Device,
     EvaluationSeed,
     Json,
@@ -52,6 +53,13 @@ def evaluate(
     which: WhichOption = None,
     seed: EvaluationSeed = 0,
     device: Device = "auto",
+    compile: Annotated[
+        Compile,
+        typer.Option(
+            help="Run the evaluation as one compiled graph: the same draws, several times faster, after some 10 s of"
+            " compiling. auto does so for long evaluations.",
+        ),
+    ] = Compile.auto,
     json: Json = False,
 ) -> None:
     """Print a run's log-likelihood in nats per data point, and how its latent space is used.
@@ -69,7 +77,7 @@ def evaluate(
     run = open_run(run_dir, which, device)
     splits = data_of(run, data, binarization)
     chosen = getattr(splits, split.value)
-    found = measure(run, chosen, particles=particles, seed=seed, progress=on_terminal())
+    found = measure(run, chosen, particles=particles, seed=seed, compile=compile.argument, progress=on_terminal())
     document = {
         "run_dir": run_dir,
         "data": splits.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pyrovae.datasets import Split
@@ -14,7 +14,15 @@ __all__ = ["as_metrics", "as_rows", "measure"]
 Measures = dict[str, Any]
 
 
-def measure(run: Run, split: Split, *, particles: int, seed: int, progress: bool = False) -> Measures:
+def measure(
+    run: Run,
+    split: Split,
+    *,
+    particles: int,
+    seed: int,
+    compile: Literal["auto", True, False] = "auto",
+    progress: bool = False,
+) -> Measures:
     """Evaluates a run on a split; what does not apply to its model or guide is ``None``.
 
     Args:
@@ -22,6 +30,7 @@ def measure(run: Run, split: Split, *, particles: int, seed: int, progress: bool
         split: the data.
         particles: of the log-likelihood, for each data point.
         seed: of the particles.
+        compile: of the log-likelihood, as for :func:`pyrovae.evaluation.log_likelihood`.
         progress: whether to show a bar.
 
     Returns:
@@ -30,7 +39,9 @@ def measure(run: Run, split: Split, *, particles: int, seed: int, progress: bool
     """
     from pyrovae import evaluation
 
-    found = evaluation.log_likelihood(run.model, run.guide, split, particles, seed=seed, progress=progress)
+    found = evaluation.log_likelihood(
+        run.model, run.guide, split, particles, seed=seed, compile=compile, progress=progress
+    )
     support = getattr(getattr(run.model, "likelihood", None), "support", None)
     bits = -found.mean / (split.event_shape.numel() * math.log(2.0))
     encodes = hasattr(run.guide, "encode")

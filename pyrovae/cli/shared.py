@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyrovae.training import Run
 
 __all__ = [
+    "Compile",
     "Device",
     "EvaluationSeed",
     "Json",
@@ -30,6 +31,19 @@ __all__ = [
     "open_run",
     "table",
 ]
+
+
+class Compile(str, Enum):
+    """Whether to compile."""
+
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+    @property
+    def argument(self) -> Literal["auto", True, False]:
+        """The same as Python functions take it."""
+        return "auto" if self is Compile.auto else self is Compile.yes
 
 
 class Which(str, Enum):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyrovae.cli.shared import Json, Quiet, emit, table
+from pyrovae.cli.shared import Compile, Json, Quiet, emit, table
 
 if TYPE_CHECKING:
     from pyrovae.datasets import Splits
@@ -42,15 +43,30 @@ def train(
         str, typer.Option(rich_help_panel=_MODEL, help="Approximate posterior; see: pyrovae list guides")
     ] = "AmortizedNormal",
     latent_dim: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_MODEL, help="Number of latent dimensions; 2 can be drawn as a map.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_MODEL,
+            help="Number of latent dimensions of VAE; 2 can be drawn as a map.",
+            show_default="2",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Numbers of binary units of SigmoidBeliefNet's latent layers, from the data upwards, with commas"
+            " between.",
+            show_default="200",
+        ),
+    ] = None,
     hidden: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
             help="Widths of the decoder's hidden layers from latent to data, with commas between; the encoder mirrors"
             " them.",
-            show_default="200,200",
+            show_default="200,200; none in SigmoidBeliefNet",
         ),
     ] = None,
     activation: Annotated[
@@ -65,8 +81,8 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="p(x | z): bernoulli (pixels 0 or 1), continuous-bernoulli (in 0 … 1), normal (real numbers),"
-            " categorical-256 (8-bit levels).",
+            help="p(x | z) of VAE: bernoulli (pixels 0 or 1), continuous-bernoulli (in 0 … 1), normal (real"
+            " numbers), categorical-256 (8-bit levels).",
             show_default="bernoulli; continuous-bernoulli with --binarization none",
         ),
     ] = None,
@@ -74,7 +90,7 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="p(z): standard, N(0, I), or learnable, a Gaussian whose mean and scale are learned.",
+            help="p(z) of VAE: standard, N(0, I), or learnable, a Gaussian whose mean and scale are learned.",
             show_default="standard",
         ),
     ] = None,
@@ -82,7 +98,7 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="mlp (fully connected) or conv (convolutions, for images).",
+            help="Of VAE: mlp (fully connected) or conv (convolutions, for images).",
             show_default="mlp",
         ),
     ] = None,
@@ -203,6 +219,14 @@ def train(
         str,
         typer.Option(rich_help_panel=_FIT, help="auto (the GPU where there is one), cpu, cuda, cuda:1, …"),
     ] = "auto",
+    compile: Annotated[
+        Compile,
+        typer.Option(
+            rich_help_panel=_FIT,
+            help="Run each gradient step as one compiled graph: the same numbers up to rounding, several times faster,"
+            " after some 10 s of compiling. auto does so where the steps to come pay for it.",
+        ),
+    ] = Compile.auto,
     seed: Annotated[
         int,
         typer.Option(min=0, rich_help_panel=_RUN, help="Of initial weights, shuffling and sampling."),
@@ -236,6 +260,9 @@ def train(
     pyrovae train --data digits --activation relu --gradient stl --epochs 300
 
     pyrovae train --data mnist --latent-dim 50 --objective IWAE --particles 5 --gradient dreg --early-stopping 20
+
+    pyrovae train --data digits --model SigmoidBeliefNet --layers 200,100
+    --guide AmortizedBernoulli --objective IWAE --particles 5 --gradient vimco
     """
     import torch
 
@@ -253,7 +280,8 @@ def train(
         splits,
         model,
         latent_dim=latent_dim,
-        hidden=None if hidden is None else _widths(hidden),
+        layers=_widths("layers", layers),
+        hidden=_widths("hidden", hidden),
         activation=activation,
         likelihood=likelihood,
         prior=prior,
@@ -274,6 +302,7 @@ def train(
         early_stopping=early_stopping,
         precision=precision,  # type: ignore[arg-type]  # fit checks it
         device=device,
+        compile=compile.argument,
         seed=seed,
         run_dir=run_dir or Path("runs") / f"{data}-{model}-seed{seed}",
         resume=resume,
@@ -292,13 +321,21 @@ def model_for(splits: Splits, name: str, **arguments: Any) -> Any:
         **arguments: of the model; those that are ``None`` keep the model's default.
 
     Raises:
-        ArgumentError: an argument is unknown or out of range.
+        ArgumentError: an argument is unknown, out of range, or none of this model's.
     """
     from pyrovae import registry
+    from pyrovae.errors import ArgumentError
 
-    if arguments.get("likelihood") is None:
-        arguments["likelihood"] = "continuous-bernoulli" if splits.binarization == "none" else "bernoulli"
-    model = registry.MODELS.build(_described(name, data_shape=tuple(splits.event_shape), **arguments))
+    given = {argument: value for argument, value in arguments.items() if value is not None}
+    takes = list(inspect.signature(registry.MODELS[name]).parameters)
+    for argument in given:
+        if argument not in takes:
+            allowed = ", ".join(_option(other) for other in takes if other in arguments)
+            raise ArgumentError(f"model {name} has no {_option(argument)}; its options are {allowed}")
+    intensities = splits.binarization == "none"
+    defaults = {"latent_dim": 2, "likelihood": "continuous-bernoulli" if intensities else "bernoulli"}
+    given = {argument: value for argument, value in defaults.items() if argument in takes} | given
+    model = registry.MODELS.build(_described(name, data_shape=tuple(splits.event_shape), **given))
     if hasattr(model, "initialize_output"):
         model.initialize_output(splits.train.x)
     return model
@@ -337,10 +374,18 @@ def _described(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": {key: value for key, value in arguments.items() if value is not None}}
 
 
-def _widths(hidden: str) -> tuple[int, ...]:
+def _option(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
+
+
+def _widths(argument: str, given: str | None) -> tuple[int, ...] | None:
     from pyrovae.errors import ArgumentError
 
+    if given is None:
+        return None
     try:
-        return tuple(int(width) for width in hidden.split(",") if hidden.strip())
+        return tuple(int(width) for width in given.split(",") if given.strip())
     except ValueError:
-        raise ArgumentError(f"--hidden is {hidden!r}; give whole numbers with commas between, as 200,200") from None
+        raise ArgumentError(
+            f"{_option(argument)} is {given!r}; give whole numbers with commas between, as 200,200"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 import warnings
@@ -20,7 +21,7 @@ from pyrovae.structure import Program
 from pyrovae.training.graph import Compiled, Function, compile_function
 from pyrovae.training.step import EagerStep
 
-__all__ = ["CompiledStep", "Graphs", "Learning", "buffers_of", "objective_state"]
+__all__ = ["CompiledStep", "Graphs", "Learning", "buffers_of", "numbers_of", "objective_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ Key = tuple[tuple[torch.Size, torch.dtype], ...]  # of each tensor of a minibatc
 # and a compiled step at most two thirds of the time.
 _WORTH_SECONDS = 45.0
 _WARM_STEPS = 5
+_MOST_GRAPHS = 8  # of one function, for as many shapes and Python numbers; beyond, something changes all the time
+_PLAIN = int | float | str | bool
 
 
 class Learning:
@@ -90,6 +93,23 @@ class Learning:
                 group.update(values)
 
 
+def numbers_of(*programs: Any) -> tuple[Any, ...]:
+    """The Python numbers, words and switches that programs hold directly, which tracing would freeze.
+
+    Args:
+        *programs: models, guides and objectives: attributes of objects, what functions close over and global names
+            that they use.
+    """
+    found: list[Any] = []
+    for program in programs:
+        held = list(getattr(program, "__dict__", {}).values())
+        if inspect.isfunction(program):
+            held += [cell.cell_contents for cell in program.__closure__ or ()]
+            held += [program.__globals__.get(name) for name in program.__code__.co_names]
+        found += [value for value in held if isinstance(value, _PLAIN)]
+    return tuple(found)
+
+
 def buffers_of(*programs: Program) -> list[Tensor]:
     """The buffers of model and guide."""
     return [buffer for program in programs for module in modules_of(program) for buffer in module.buffers()]
@@ -101,15 +121,13 @@ def objective_state(objective: Any) -> list[Tensor]:
 
 
 class Graphs:
-    """Compiled graphs of one function, by the shapes of its arguments; none any more once one could not be compiled.
+    """Compiled graphs of one step, by what they were compiled for; none any more once one could not be compiled.
 
     Args:
-        function: from tensors to results and gradients.
-        what: the function, as a reader would say it, for the warning.
+        what: the step, as a reader would say it, for the warning.
     """
 
-    def __init__(self, function: Function, what: str) -> None:
-        self.function = function
+    def __init__(self, what: str) -> None:
         self.what = what
         self.failed = False
         self._graphs: dict[Any, Compiled] = {}
@@ -117,11 +135,14 @@ class Graphs:
     def __getitem__(self, key: Any) -> Compiled | None:
         return self._graphs.get(key)
 
-    def add(self, key: Any, args: Sequence[Tensor], state: Callable[[], Sequence[Tensor]]) -> Compiled | None:
-        """Compiles the function for arguments like these; ``None``, after a warning, where that cannot be done.
+    def add(
+        self, key: Any, function: Function, args: Sequence[Tensor], state: Callable[[], Sequence[Tensor]]
+    ) -> Compiled | None:
+        """Compiles a function; ``None``, after a warning, where that cannot be done.
 
         Args:
             key: under which the graph will be found.
+            function: from tensors to results and gradients.
             args: tensors of the shapes that it is compiled for.
             state: gives the tensors that the function updates.
 
@@ -130,7 +151,12 @@ class Graphs:
         """
         start = time.perf_counter()
         try:
-            graph = compile_function(self.function, args, state())
+            if len(self._graphs) == _MOST_GRAPHS:
+                raise CompilationError(
+                    f"it came in more than {_MOST_GRAPHS} variants. Hold Python numbers that change in tensors, and"
+                    " give arguments of a few shapes"
+                )
+            graph = compile_function(function, args, state())
         except CompilationError as error:
             if error.wrong:
                 raise
@@ -161,16 +187,21 @@ class CompiledStep(EagerStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.graphs = Graphs(self._function, "the step of this fit")
+        self.graphs = Graphs("the step of this fit")
         self.chosen: list[Key] = []  # shapes that are compiled, now or as soon as they come
         self._learning: Learning | None = None
         self._tracing = False
         self._times: dict[Key, list[float]] = {}
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Looks for Python numbers that a callback changed: a graph holds those it was compiled with."""
+        self._numbers = numbers_of(self.model, self.guide, self.objective)
 
     def __call__(self, batch: tuple[Tensor, ...]) -> None:
         """One update, eager or compiled."""
         key = tuple([(part.shape, part.dtype) for part in batch])
-        graph = self.graphs[key] or self._compiled(key, batch)
+        graph = self.graphs[key, self._numbers] or self._compiled(key, batch)
         if graph is None:
             start = time.perf_counter()
             super().__call__(batch)
@@ -210,7 +241,7 @@ class CompiledStep(EagerStep):
             return None
         if key not in self.chosen:
             self.chosen.append(key)
-        graph = self.graphs.add(key, batch, self._state)
+        graph = self.graphs.add((key, self._numbers), self._function, batch, self._state)
         self.optimizer.zero_grad(set_to_none=True)
         return graph
 

@@ -39,6 +39,7 @@ Function = Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]]
 # Inductor draws random numbers with torch's own kernels, in the order of the eager run, so that both agree. It need not
 # look at the shapes of its inputs at every call, which are those it was compiled for.
 _OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+_CHECKED_CALLS = frozenset(10**power for power in range(1, 10))
 # From this number of multiplications, oneDNN's matrix product is the faster one (benchmarks/NOTES.md).
 _ONEDNN_FROM = 2**20
 
@@ -50,16 +51,27 @@ class Compiled:
         run: Inductor's callable, which gives results and gradients in one sequence.
         state: tensors that are the same at every call, sharing memory with what the function works on.
         results: number of results.
+        check: traces the function anew and raises an error where it has changed.
     """
 
-    def __init__(self, run: Callable[..., Any], state: Sequence[Tensor], results: int) -> None:
+    def __init__(
+        self, run: Callable[..., Any], state: Sequence[Tensor], results: int, check: Callable[[], None]
+    ) -> None:
         self._run = run
         self._state = [tensor.detach() for tensor in state]
         self._results = results
+        self._check = check
+        self._calls = 0
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Runs the graph on new arguments; updates the state in place; gives results and gradients."""
+        """Runs the graph on new arguments; updates the state in place; gives results and gradients.
+
+        At the 10th, 100th, … call the function is traced again, for Python numbers that changed since.
+        """
+        self._calls += 1
+        if self._calls in _CHECKED_CALLS:
+            self._check()
         given = self._run(*args, *self._state)
         return given[: self._results], given[self._results :]
 
@@ -120,10 +132,12 @@ def compile_function(function: Function, args: Sequence[Tensor], state: Sequence
         raise CompilationError(f"it cannot be traced: {_first_line(error)}{_where(error)}") from error
     finally:
         keep.restore()
-    _require_static(graph, again, lifted, lifted_again)
+    signature = _Signature.of(graph, lifted)
+    signature.require(_Signature.of(again, lifted_again))
     _use_onednn(graph)
     try:
-        compiled = Compiled(_inductor(graph, [*args, *own, *lifted]), [*own, *lifted], results)
+        run = _inductor(graph, [*args, *own, *lifted])
+        compiled = Compiled(run, [*own, *lifted], results, lambda: _check_again(function, args, own, signature))
     except Exception as error:  # Inductor's failures have no common base
         raise CompilationError(f"Inductor cannot compile it: {_first_line(error)}") from error
     _compare(function, compiled, args, own, keep)
@@ -169,6 +183,21 @@ def _trace(
     return graph, lifted, counts[0]
 
 
+@torch.enable_grad()
+def _check_again(function: Function, args: Sequence[Tensor], state: Sequence[Tensor], before: _Signature) -> None:
+    """Raises an error when the function, run now, is no longer what was compiled."""
+    keep = _Snapshot(state, args[0].device if args else state[0].device)
+    try:
+        graph, lifted, _ = _trace(function, args, state)
+    finally:
+        keep.restore()
+    try:
+        before.require(_Signature.of(graph, lifted))
+    except CompilationError as error:
+        said = f"it changed after it was compiled, and the compiled one went on as it had been: {error}"
+        raise CompilationError(said, wrong=True) from None
+
+
 @contextlib.contextmanager
 def _no_host_values() -> Iterator[None]:
     """Within the block, Pyro's losses leave on the device what they would otherwise read for their return value."""
@@ -185,24 +214,36 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _require_static(one: GraphModule, two: GraphModule, constants: list[Tensor], others: list[Tensor]) -> None:
-    """Two runs must have left the same graph, or tracing would freeze what changes between them."""
-    for ours, theirs in zip(one.graph.nodes, two.graph.nodes, strict=False):
-        if (ours.op, str(ours.target)) != (theirs.op, str(theirs.target)):
-            raise CompilationError(f"two steps took different paths: one has {ours.target}, the other {theirs.target}")
-        if str(ours.args) != str(theirs.args) or str(ours.kwargs) != str(theirs.kwargs):
-            raise CompilationError(
-                f"a Python number changes from step to step: {ours.target}{ours.args} became {theirs.args}. Hold it in"
-                " a tensor (a buffer) that is updated in place"
-            )
-    if len(one.graph.nodes) != len(two.graph.nodes):
-        raise CompilationError("two steps took different paths (one is longer)")
-    for ours, theirs in zip(constants, others, strict=True):
-        if ours is not theirs and not (ours.shape == theirs.shape and torch.equal(ours, theirs)):
-            raise CompilationError(
-                "a tensor is made anew from Python numbers that change from step to step; hold it in a buffer that is"
-                " updated in place"
-            )
+@dataclass(frozen=True)
+class _Signature:
+    """What a trace recorded, to compare with another one."""
+
+    calls: list[tuple[str, str]]
+    constants: list[Tensor]
+
+    @classmethod
+    def of(cls, graph: GraphModule, constants: list[Tensor]) -> _Signature:
+        nodes = graph.graph.nodes
+        return cls([(f"{node.op} {node.target}", f"{node.args} {node.kwargs}") for node in nodes], constants)
+
+    def require(self, other: _Signature) -> None:
+        """Raises an error unless both runs left the same graph: tracing would freeze what changes between them."""
+        for (ours, arguments), (theirs, changed) in zip(self.calls, other.calls, strict=False):
+            if ours != theirs:
+                raise CompilationError(f"two steps took different paths: one has {ours}, the other {theirs}")
+            if arguments != changed:
+                raise CompilationError(
+                    f"a Python number changes from step to step: {ours} of {arguments} became {changed}. Hold it in a"
+                    " tensor (a buffer) that is updated in place"
+                )
+        if len(self.calls) != len(other.calls):
+            raise CompilationError("two steps took different paths (one is longer)")
+        for one, two in zip(self.constants, other.constants, strict=True):
+            if one is not two and not (one.shape == two.shape and torch.equal(one, two)):
+                raise CompilationError(
+                    "a tensor is made anew from Python numbers that change from step to step; hold it in a buffer that"
+                    " is updated in place"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -362,6 +403,8 @@ def _difference(eager: _Outcome, compiled: _Outcome, before: list[Tensor]) -> st
 
 
 def _first_line(error: BaseException) -> str:
+    if "_local_scalar_dense" in str(error):
+        return "a tensor's value is read in Python (a branch on it, .item(), float() or bool())"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 

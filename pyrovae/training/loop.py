@@ -104,6 +104,7 @@ class Loop:
 
     def _epoch(self, bar: Any, interruption: _Interruption) -> None:
         finished, done = self.position
+        self.step.begin_epoch()
         if done == 0:
             self.step.sums.zero_()
             self.weight, self.seconds = 0, 0.0

@@ -99,6 +99,9 @@ class EagerStep:
         """Updates that were left out since one of them was bad; the host waits for the device."""
         return self.calls - int(self.updates)
 
+    def begin_epoch(self) -> None:
+        """Takes note that a callback may have changed model, guide or objective."""
+
     def compiled_shapes(self) -> list[Any]:
         """The shapes of minibatches that run compiled, for a checkpoint."""
         return []

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from pyrovae.errors import ArgumentError, CompilationError
 from pyrovae.structure import Program
-from pyrovae.training.compiled import Graphs, Learning, buffers_of, objective_state
+from pyrovae.training.compiled import Graphs, Learning, buffers_of, numbers_of, objective_state
 from pyrovae.training.graph import Function
 
 __all__ = ["SVI"]
@@ -33,8 +33,10 @@ class SVI(pyro.infer.SVI):
     the same losses up to rounding.
 
     Model and guide must have a static structure: tensors may change from step to step, Python numbers and branches
-    that depend on values may not (arguments other than tensors get a graph each). Where that does not hold, or an
-    operator has no compiled form, a warning says why and the steps stay eager.
+    that depend on values may not. A number among the arguments, or one that model, guide or loss hold directly, gets a
+    graph for each value, up to eight; the step is traced again at the 10th, 100th, … call, and a number that changed
+    elsewhere is then an error. Where a step is not static, or an operator has no compiled form, a warning says why and
+    the steps stay eager. (Tracing runs model and guide some more times, which one that counts its calls will notice.)
 
     Args:
         model: Pyro model.
@@ -47,7 +49,8 @@ class SVI(pyro.infer.SVI):
 
     Raises:
         ArgumentError: ``compile`` is neither ``True`` nor ``False``.
-        CompilationError: at the second step, compiled numbers that differ from the eager ones.
+        CompilationError: at the second step, compiled results that differ from the eager ones; later, a Python number
+            that changed after it was compiled.
 
     References:
         Bingham et al. 2019 (Pyro), https://jmlr.org/papers/v20/18-403.html; Ansel et al. 2024 (Inductor),
@@ -81,7 +84,7 @@ class SVI(pyro.infer.SVI):
         super().__init__(model, guide, optim, loss, loss_and_grads, **kwargs)
         self.compile = compile
         self._objective = loss
-        self._graphs: dict[Any, Graphs] = {}
+        self._graphs = Graphs("this SVI")
         self._learning: Learning | None = None
         self._parameters: dict[str, Tensor] = {}
         self._stored: dict[str, Tensor] = {}
@@ -102,12 +105,13 @@ class SVI(pyro.infer.SVI):
             return self._first(args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        static = tuple((type(leaf).__name__, repr(leaf)) for leaf in leaves if not isinstance(leaf, Tensor))
-        key = (str(spec), static, tuple((leaf.shape, leaf.dtype) for leaf in tensors))
-        graphs = self._graphs.get(key)
-        if graphs is None:
-            graphs = self._graphs[key] = Graphs(self._function(leaves, spec), "this SVI")
-        graph = graphs[()] or (None if graphs.failed else graphs.add((), tensors, self._state))
+        static = tuple((index, repr(leaf)) for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        numbers = numbers_of(self.model, self.guide, self._objective)
+        plain = not static and len(leaves) == len(args)
+        key = (len(leaves) if plain else str(spec), static, numbers, *[(leaf.shape, leaf.dtype) for leaf in tensors])
+        graph = self._graphs[key]
+        if graph is None and not self._graphs.failed:
+            graph = self._graphs.add(key, self._function(leaves, spec), tensors, self._state)
         if graph is None:
             return super().step(*args, **kwargs)
         self._learning.follow()
@@ -119,7 +123,7 @@ class SVI(pyro.infer.SVI):
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pyro's step, which makes the parameters and the optimizers' state."""
-        self._graphs.clear()
+        self._graphs = Graphs("this SVI")
         with poutine.trace(param_only=True) as seen:
             loss = super().step(*args, **kwargs)
         self._parameters = {name: site["value"].unconstrained() for name, site in seen.trace.nodes.items()}

@@ -101,6 +101,7 @@ def test_advice_speaks_of_options() -> None:
     assert _in_options("pass resume=True, or gradient='stl' with particles=8") == (
         "pass --resume, or --gradient stl with --particles 8"
     )
+    assert _in_options("load with binarization='dynamic'.") == "load with --binarization dynamic."
     assert _in_options("resume=False, lr=1, spread_which='best'") == "resume=False, lr=1, spread_which='best'"
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,30 @@ def test_evaluate_prints_numbers_with_units(run_dir: Path) -> None:
     assert f"{found['kl_nats']:.3f} nats per data point" in text
     assert f"{found['active_units']} of 2 latent dimensions" in text
     assert "of 20 particles (median)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"), [((), "auto"), (("--compile", "yes"), True), (("--compile", "no"), False)]
+)
+def test_evaluate_passes_compile_on(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], passed: Any
+) -> None:
+    log_likelihood, given = evaluation.log_likelihood, []
+
+    def eager(*arguments: Any, compile: Any, **others: Any) -> Any:
+        given.append(compile)
+        return log_likelihood(*arguments, compile=False, **others)
+
+    monkeypatch.setattr(evaluation, "log_likelihood", eager)
+    succeed("evaluate", run_dir, "--particles", 5, *options)
+    assert len(given) == 1
+    assert given[0] is passed or given[0] == passed == "auto"
+
+
+def test_evaluate_without_compiling_gives_the_same(run_dir: Path) -> None:
+    command = ("evaluate", run_dir, "--particles", 5)
+    assert answer(*command, "--compile", "no") == answer(*command)
+    assert "'maybe' is not one of 'auto', 'yes', 'no'" in complaint(*command, "--compile", "maybe")
 
 
 def test_evaluate_one_particle_has_no_standard_error(run_dir: Path) -> None:
@@ -171,6 +196,30 @@ def test_report_has_the_numbers_and_the_pictures(run_dir: Path, tmp_path: Path) 
     for picture in ("Learning curves", "Reconstructions", "Samples", "Latent space"):
         assert f'alt="{picture}:' in page
     assert "is the folder" in complaint("report", run_dir, "--output", tmp_path)
+
+
+@pytest.mark.parametrize("layers", ["12", "12,6"])
+def test_every_command_on_a_net_of_binary_codes(tmp_path: Path, layers: str) -> None:
+    options = ("--model", "SigmoidBeliefNet", "--guide", "AmortizedBernoulli", "--layers", layers, "--hidden", "")
+    run = trained(tmp_path / "run", *options, "--objective", "IWAE", "--particles", 5, "--gradient", "vimco")
+    found = answer("evaluate", run, "--particles", 20)
+    assert found["latent_dim"] == 12
+    assert 0 <= found["active_units"] <= 12
+    # Closed form for one layer alone: with more, p(z1) is a sum over the codes above.
+    assert (found["kl_nats"] is None) == ("," in layers)
+
+    succeed("sample", run, "--count", 500, "--output", tmp_path / "draws.npy")
+    succeed("sample", run, "--count", 500, "--output", tmp_path / "means.npy", "--mean")
+    draws, means = (np.load(tmp_path / name, allow_pickle=False) for name in ("draws.npy", "means.npy"))
+    assert set(np.unique(draws)) == {0.0, 1.0}
+    assert abs(((draws - means) ** 2).mean() - (means * (1 - means)).mean()) < 0.005
+
+    succeed("report", run, "--particles", 20)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for picture in ("Learning curves", "Parts of the bound", "Reconstructions", "Samples", "Latent space"):
+        assert f'alt="{picture}:' in page
+    for picture, what in (("Interpolation", "posterior"), ("Latent grid", "prior")):
+        assert f'<th scope="row">{picture}</th><td>the {what} is over discrete codes' in page
 
 
 @pytest.mark.parametrize("command", COMMANDS)

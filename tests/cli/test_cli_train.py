@@ -18,6 +18,10 @@ from pyrovae.guides import AmortizedNormal
 from pyrovae.models import VAE
 
 DIGITS = ("train", "--data", "digits", "--hidden", "16", "--quiet")
+NET = (
+    "--model", "SigmoidBeliefNet", "--guide", "AmortizedBernoulli", "--objective", "IWAE", "--particles", "5",
+    "--gradient", "vimco",
+)  # fmt: skip
 
 
 def test_default_folder_and_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +84,19 @@ def test_likelihood_that_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "built"), [((), [200]), (("--layers", "12"), [12]), (("--layers", "12,6"), [12, 6])]
+)
+def test_layers_of_a_sigmoid_belief_net(tmp_path: Path, layers: tuple[str, ...], built: list[int]) -> None:
+    folder = trained(tmp_path / "run", *NET, *layers, "--epochs", "1")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == {
+        "name": "SigmoidBeliefNet",
+        "arguments": {"data_shape": [8, 8], "layers": built, "hidden": [16], "activation": "tanh"},
+    }
+    assert config["data"]["binarization"] == "dynamic"
+
+
+@pytest.mark.parametrize(
     ("options", "arguments"),
     [
         (("IWAE", "--particles", 3, "--gradient", "dreg"), {"particles": 3, "gradient": "dreg"}),
@@ -98,6 +115,32 @@ def test_every_objective_with_its_own_options(
     config = json.loads((tmp_path / "config.json").read_text())["objective"]
     assert config["name"] == options[0]
     assert arguments.items() <= config["arguments"].items()
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"), [((), "auto"), (("--compile", "yes"), True), (("--compile", "no"), False)]
+)
+def test_compile_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], passed: Any
+) -> None:
+    fit, given = pyrovae.fit, []
+
+    def eager(*arguments: Any, compile: Any, **others: Any) -> Any:
+        given.append(compile)
+        return fit(*arguments, compile=False, **others)
+
+    monkeypatch.setattr(pyrovae, "fit", eager)
+    trained(tmp_path / "run", "--epochs", "1", *options)
+    assert len(given) == 1
+    assert given[0] is passed or given[0] == passed == "auto"
+
+
+def test_without_compiling_the_same_run(tmp_path: Path) -> None:
+    """Nor is it part of what a run is: it may change when the run goes on."""
+    default = trained(tmp_path / "default")
+    eager = trained(tmp_path / "eager", "--compile", "no", "--epochs", "1")
+    answer(*DIGITS, "--run-dir", eager, "--epochs", 2, "--resume")
+    assert rows(eager) == rows(default)
 
 
 def test_early_stopping_reports_the_best_epoch(tmp_path: Path) -> None:
@@ -170,6 +213,18 @@ def test_ctrl_c_says_where_the_checkpoint_is(tmp_path: Path, extra: tuple[str, .
         (("--activation", "rleu"), "unknown activation 'rleu'"),
         (("--prior", "flat"), "unknown prior 'flat'"),
         (("--network", "cnn"), "unknown network 'cnn'"),
+        (("--layers", "20"), "model VAE has no --layers; its options are --latent-dim, --hidden"),
+        ((*NET, "--latent-dim", "3"), "model SigmoidBeliefNet has no --latent-dim; its options are --layers, --hidden"),
+        ((*NET, "--prior", "learnable"), "model SigmoidBeliefNet has no --prior"),
+        ((*NET, "--network", "conv"), "model SigmoidBeliefNet has no --network"),
+        ((*NET, "--likelihood", "bernoulli"), "model SigmoidBeliefNet has no --likelihood"),
+        ((*NET, "--layers", "20,few"), "--layers is '20,few'"),
+        ((*NET, "--layers", "20,0"), "layers is (20, 0)"),
+        ((*NET, "--binarization", "none"), "outside the support of the model's likelihood. Binarize the data, as"),
+        ((*NET, "--binarization", "none"), "does with --binarization dynamic."),
+        ((*NET, "--objective", "ELBO", "--gradient", "pathwise"), "these sites cannot: 'z1'"),
+        ((*NET, "--guide", "AmortizedNormal"), "AmortizedBernoulli takes models with layers of binary units"),
+        (("--guide", "AmortizedBernoulli"), "guide AmortizedBernoulli does not fit model VAE"),
         (("--hidden", "16,wide"), "--hidden is '16,wide'"),
         (("--hidden", "16,0"), "hidden is (16, 0)"),
         (("--latent-dim", "0"), "--latent-dim"),
@@ -189,6 +244,7 @@ def test_ctrl_c_says_where_the_checkpoint_is(tmp_path: Path, extra: tuple[str, .
         (("--free-bits", "-0.5"), "free_bits is -0.5"),
         (("--precision", "float16"), "precision is 'float16'"),
         (("--device", "abacus"), "device is 'abacus'"),
+        (("--compile", "maybe"), "'maybe' is not one of 'auto', 'yes', 'no'"),
         (("--seed", "-1"), "--seed"),
     ],
 )

@@ -12,14 +12,15 @@ import torch
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import constraints
 
 import pyrovae
-from pyrovae.errors import ArgumentError
+from pyrovae.errors import ArgumentError, CompilationError
 from pyrovae.guides import AmortizedNormal
 from pyrovae.models import VAE
-from pyrovae.training import svi as module
+from pyrovae.training import compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 
@@ -151,8 +152,73 @@ def test_what_cannot_be_compiled_says_why_and_is_pyros_step(loss: Any, optim: An
     assert torch.equal(ours, losses(PyroSVI, programs, loss, optim, steps=5))
 
 
+class Annealed(PyroModule):
+    """Its prior's scale is set from outside: directly, or where the step cannot see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.hidden = {"scale": 1.0}
+
+    def forward(self, x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), self.scale * self.hidden["scale"]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def normal_guide(x: Tensor) -> None:
+    pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.5))
+
+
+@pytest.mark.slow
+def test_a_number_that_the_model_holds_gets_a_graph_for_each_value() -> None:
+    def run(cls: Any) -> list[float]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        annealed = Annealed()
+        svi = cls(annealed, normal_guide, adam(), Trace_ELBO())
+        found = []
+        for scale in (1.0, 1.0, 3.0, 3.0, 1.0, 3.0):
+            annealed.scale = scale
+            found.append(svi.step(data()))
+        return found
+
+    assert run(pyrovae.SVI) == pytest.approx(run(PyroSVI), rel=1e-4)
+
+
+def test_a_number_that_changes_all_the_time_ends_the_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
+    annealed = Annealed()
+    svi = pyrovae.SVI(annealed, normal_guide, adam(), Trace_ELBO())
+
+    def step(scale: float) -> None:
+        annealed.scale = scale
+        svi.step(data())
+
+    for scale in (1.0, 2.0, 3.0):
+        step(scale)
+    with pytest.warns(UserWarning, match="came in more than 2 variants. Hold Python numbers that change"):
+        step(4.0)
+    step(5.0)  # without another warning
+
+
+def test_a_hidden_number_that_changed_is_an_error_and_no_silent_difference() -> None:
+    annealed = Annealed()
+    svi = pyrovae.SVI(annealed, normal_guide, adam(), Trace_ELBO())
+    for _ in range(4):
+        svi.step(data())
+    annealed.hidden["scale"] = 3.0
+
+    def go_on() -> None:
+        for _ in range(10):
+            svi.step(data())
+
+    with pytest.raises(CompilationError, match="changed after it was compiled.*Python numbers that change"):
+        go_on()
+
+
 def test_without_compile_it_is_pyros_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Graphs", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(compiled, "compile_function", lambda *_: pytest.fail("compiled"))
     programs = lambda: (model, guide)  # noqa: E731
     ours = losses(pyrovae.SVI, programs, Trace_ELBO, adam, steps=3, compile=False)
     assert torch.equal(ours, losses(PyroSVI, programs, Trace_ELBO, adam, steps=3))

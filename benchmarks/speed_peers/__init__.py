@@ -1,0 +1,1 @@
+"""The competitors of ``python -m benchmarks.speed``, one library a file."""

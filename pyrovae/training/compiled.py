@@ -31,6 +31,7 @@ Key = tuple[tuple[torch.Size, torch.dtype], ...]  # of each tensor of a minibatc
 # and a compiled step at most two thirds of the time.
 _WORTH_SECONDS = 45.0
 _WARM_STEPS = 5
+_VALIDATION_SECONDS = 10.0  # spent on eager validation until "auto" compiles it
 _MOST_GRAPHS = 8  # of one function, for as many shapes and Python numbers; beyond, something changes all the time
 _PLAIN = int | float | str | bool
 
@@ -188,6 +189,9 @@ class CompiledStep(EagerStep):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.graphs = Graphs("the step of this fit")
+        self.validation = Graphs("the validation of this fit")
+        self.validates_compiled = False
+        self._validation_seconds, self._validation_size = 0.0, 0
         self.chosen: list[Key] = []  # shapes that are compiled, now or as soon as they come
         self._learning: Learning | None = None
         self._tracing = False
@@ -213,11 +217,39 @@ class CompiledStep(EagerStep):
         self.calls += 1
         self.schedule.step()
 
-    def compiled_shapes(self) -> list[Any]:
-        return [[[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in key] for key in self.chosen]
+    @torch.no_grad()
+    def evaluate(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The bound per data point on a minibatch; compiled for the shape that comes first, where that pays."""
+        key = (tuple([part.shape for part in batch]), self._numbers)
+        graph = self.validation[key]
+        if graph is None and self._validation_is_worth(batch):
+            graph = self.validation.add(key, lambda *parts: ([EagerStep.evaluate(self, parts)], []), batch, lambda: ())
+        if graph is not None:
+            return graph(*batch)[0][0].clone()
+        start = time.perf_counter()
+        bound = super().evaluate(batch)
+        self._validation_seconds += time.perf_counter() - start
+        return bound
 
-    def compile_shapes(self, shapes: list[Any]) -> None:
-        self.chosen = [tuple((torch.Size(shape), getattr(torch, name)) for shape, name in key) for key in shapes]
+    def _validation_is_worth(self, batch: tuple[Tensor, ...]) -> bool:
+        """Whether validation is to be compiled now: once it has cost as much time as compiling will."""
+        if self.validation.failed or not self.calls:  # the first one is validated
+            return False
+        if not self.validates_compiled:
+            self.validates_compiled = self.mode is True or (
+                bool(self.chosen) and self._validation_seconds > _VALIDATION_SECONDS
+            )
+        self._validation_size = max(self._validation_size, len(batch[0]))
+        return self.validates_compiled and len(batch[0]) == self._validation_size
+
+    def compiled_parts(self) -> dict[str, Any]:
+        shapes = [[[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in key] for key in self.chosen]
+        return {"step": shapes, "validation": self.validates_compiled}
+
+    def compile_parts(self, parts: dict[str, Any]) -> None:
+        named = [[(torch.Size(shape), getattr(torch, name)) for shape, name in key] for key in parts.get("step", [])]
+        self.chosen = [tuple(key) for key in named]
+        self.validates_compiled = parts.get("validation", False)
 
     def apply(self, bad: Tensor, batch: tuple[Tensor, ...], loss: Tensor) -> None:
         """The optimizer's update; in a graph, everything it changed is put back where an update was bad."""

@@ -218,7 +218,7 @@ class Loop:
                 "objective": objective.state_dict() if isinstance(objective, Objective) else {},
                 "rng": self._rng_state(),
                 "epoch_rng": self.epoch_rng,
-                "compiled": self.step.compiled_shapes(),
+                "compiled": self.step.compiled_parts(),
                 "sums": self.step.sums.clone(),
                 "weight": self.weight,
                 "seconds": self.seconds,
@@ -245,7 +245,7 @@ class Loop:
             if isinstance(self.step.objective, Objective):
                 self.step.objective.load_state_dict(saved["objective"])
             self.position = tuple(saved["position"])
-            self.step.compile_shapes(saved["compiled"])
+            self.step.compile_parts(saved["compiled"])
             self.step.sums.copy_(saved["sums"])
             self.weight, self.seconds = saved["weight"], saved["seconds"]
             self.best, self.epoch_rng = saved["best"], saved["epoch_rng"]

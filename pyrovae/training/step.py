@@ -102,12 +102,12 @@ class EagerStep:
     def begin_epoch(self) -> None:
         """Takes note that a callback may have changed model, guide or objective."""
 
-    def compiled_shapes(self) -> list[Any]:
-        """The shapes of minibatches that run compiled, for a checkpoint."""
-        return []
+    def compiled_parts(self) -> dict[str, Any]:
+        """What runs compiled, for a checkpoint."""
+        return {}
 
-    def compile_shapes(self, shapes: list[Any]) -> None:
-        """Has the shapes compiled that were when :meth:`compiled_shapes` was asked, so that a fit continues alike."""
+    def compile_parts(self, parts: dict[str, Any]) -> None:
+        """Has compiled what was when :meth:`compiled_parts` was asked, so that a fit continues alike."""
 
     def raise_if_bad(self, batch: tuple[Tensor, ...]) -> None:
         """Raises the error of the first update that was skipped on the device; ``batch`` was its minibatch."""

@@ -143,6 +143,28 @@ def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.slow
+def test_validation_is_compiled_too_with_the_same_draws_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """The first minibatch's shape by a graph, the smaller last one eagerly."""
+    settings: dict[str, Any] = {"validation": binary(20, seed=2), "early_stopping": 9}
+    eager = fit(*vae(), binary(), epochs=4, compile=False, **settings)
+    whole = fit(*vae(), binary(), epochs=4, compile=True, **settings)
+    for row, twin in zip(eager.history, whole.history, strict=True):
+        assert row["validation_bound"] == pytest.approx(twin["validation_bound"], rel=1e-4)
+    fit(*vae(), binary(), epochs=2, compile=True, run_dir=tmp_path, **settings)
+    assert_same_run(whole, fit(*vae(), binary(), epochs=4, compile=True, run_dir=tmp_path, resume=True, **settings))
+
+
+def test_auto_compiles_validation_once_it_has_cost_as_much(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "_WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(compiled, "_VALIDATION_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, logger="pyrovae"):
+        fit(*vae(), binary(), validation=binary(8, seed=2), epochs=4)
+    assert sum("compiled the validation of this fit for shapes (8, 4)" in said for said in caplog.messages) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What is not finite
 

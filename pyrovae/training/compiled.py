@@ -51,7 +51,7 @@ class Learning:
         self._groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self._seen = [float(group["lr"]) for group in self._groups]
         self._rates = [
-            torch.tensor(rate, device=group["params"][0].device)
+            torch.tensor(rate, dtype=group["params"][0].dtype, device=group["params"][0].device)
             for rate, group in zip(self._seen, self._groups, strict=True)
         ]
         for optimizer in self.optimizers:

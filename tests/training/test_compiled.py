@@ -107,6 +107,17 @@ def test_a_compiled_fit_is_the_eager_one_over_100_steps() -> None:
 
 
 @pytest.mark.slow
+def test_in_double_precision_both_agree_to_double_precision() -> None:
+    """By SGD; torch computes Adam's bias correction from a step count in single precision, in a graph."""
+    runs = []
+    for compile in (False, True):
+        model, guide = (program.double() for program in vae())
+        runs.append(fit(model, guide, binary().double(), compile=compile, epochs=34, optimizer="sgd"))
+    for (name, one), two in zip(parameters(runs[0]).items(), parameters(runs[1]).values(), strict=True):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-14), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_compiles(name: str) -> None:
     assert_close(*both(objective=OBJECTIVES[name], epochs=10))

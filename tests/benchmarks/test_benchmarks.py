@@ -18,6 +18,10 @@ from pyrovae.errors import ArgumentError
 ROOT = Path(__file__).parents[2]
 
 
+# The recipes that start from another one run both.
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if recipe.start else []) for name, recipe in RECIPES.items()]
+
+
 @pytest.fixture
 def tiny():
     """Sixty statically binarized digits in the shape of MNIST."""
@@ -29,7 +33,7 @@ def tiny():
     return Splits("tiny", *parts, (), "static")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_and_evaluates(name, tiny):
     result = reproduce(name, tiny, particles=20, epochs=3, progress=False)
     start = reproduce(name, tiny, particles=20, epochs=1, lr=1e-9, progress=False)
@@ -38,7 +42,7 @@ def test_a_recipe_trains_and_evaluates(name, tiny):
     assert 1 <= result.epoch <= 3
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_seed_fixes_the_result_and_a_run_folder_continues_it(name, tiny, tmp_path):
     first = reproduce(name, tiny, particles=10, epochs=2, progress=False)
     again = reproduce(name, tiny, particles=10, epochs=2, progress=False, runs=tmp_path)

@@ -150,6 +150,7 @@ def test_effective_sample_size_of_a_result_is_that_of_its_weights(ppca):
     assert (2 * first - second).exp().shape == (50,)
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_draws_the_same_particles(ppca, monkeypatch):
     """Full chunks by the graph, the last one eagerly; a second minibatch, smaller, has a graph of its own."""
     model, guide, x = ppca

@@ -166,6 +166,7 @@ def test_validation_is_compiled_too_with_the_same_draws_and_resumes_bit_for_bit(
     assert_same_run(whole, fit(*vae(), binary(), epochs=4, compile=True, run_dir=tmp_path, resume=True, **settings))
 
 
+@pytest.mark.slow
 def test_auto_compiles_validation_once_it_has_cost_as_much(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,6 +195,7 @@ class Edge(PyroModule):
             pyro.factor("edge", (2.0 - self.slope * x.abs() / 10).log())
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped_and_its_minibatch_named() -> None:
     """The bad data point is not in the first minibatch, which is validated."""
     x = torch.randn(24, generator=seeded(0))
@@ -315,6 +317,7 @@ def test_auto_leaves_a_short_fit_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_auto_compiles_a_long_fit_says_so_and_resumes_alike(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -119,6 +119,7 @@ def test_modules_arguments_of_several_shapes_and_evaluation() -> None:
     assert run(pyrovae.SVI) == pytest.approx(run(PyroSVI), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cleared_parameter_store_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph holds the old parameters; running it on would train tensors that nobody sees."""
 
@@ -186,6 +187,7 @@ def test_a_number_that_the_model_holds_gets_a_graph_for_each_value() -> None:
     assert run(pyrovae.SVI) == pytest.approx(run(PyroSVI), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_number_that_changes_all_the_time_ends_the_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
     annealed = Annealed()
@@ -202,6 +204,7 @@ def test_a_number_that_changes_all_the_time_ends_the_compiling(monkeypatch: pyte
     step(5.0)  # without another warning
 
 
+@pytest.mark.slow
 def test_a_hidden_number_that_changed_is_an_error_and_no_silent_difference() -> None:
     annealed = Annealed()
     svi = pyrovae.SVI(annealed, normal_guide, adam(), Trace_ELBO())

@@ -138,8 +138,8 @@ RECIPES: dict[str, Recipe] = {
             f"IWAE, k = 50, {gradient} gradient",
             87.10,
             objective=partial(pyrovae.IWAE, 50, gradient),
-            fit=_best_of(25, lr=1e-3),
-            note=f"25 epochs of k = 50 at a learning rate of 1e-3 after iwae-5{suffix}-static ({_shorter(200)})",
+            fit=_best_of(15, lr=1e-3),
+            note=f"15 epochs of k = 50 at a learning rate of 1e-3 after iwae-5{suffix}-static ({_shorter(200)})",
             start=f"iwae-5{suffix}-static",
         )
         for suffix, gradient in _GRADIENTS.items()

@@ -132,12 +132,17 @@ def compile_function(function: Function, args: Sequence[Tensor], state: Sequence
         raise CompilationError(f"it cannot be traced: {_first_line(error)}{_where(error)}") from error
     finally:
         keep.restore()
-    signature = _Signature.of(graph, lifted)
+    signature, gradients = _Signature.of(graph, lifted), torch.is_grad_enabled()
+
+    def check() -> None:
+        with torch.set_grad_enabled(gradients):
+            _check_again(function, args, own, signature)
+
     signature.require(_Signature.of(again, lifted_again))
     _use_onednn(graph)
     try:
         run = _inductor(graph, [*args, *own, *lifted])
-        compiled = Compiled(run, [*own, *lifted], results, lambda: _check_again(function, args, own, signature))
+        compiled = Compiled(run, [*own, *lifted], results, check)
     except Exception as error:  # Inductor's failures have no common base
         raise CompilationError(f"Inductor cannot compile it: {_first_line(error)}") from error
     _compare(function, compiled, args, own, keep)
@@ -183,7 +188,6 @@ def _trace(
     return graph, lifted, counts[0]
 
 
-@torch.enable_grad()
 def _check_again(function: Function, args: Sequence[Tensor], state: Sequence[Tensor], before: _Signature) -> None:
     """Raises an error when the function, run now, is no longer what was compiled."""
     keep = _Snapshot(state, args[0].device if args else state[0].device)

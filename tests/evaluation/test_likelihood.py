@@ -152,12 +152,12 @@ def test_effective_sample_size_of_a_result_is_that_of_its_weights(ppca):
 
 @pytest.mark.slow
 def test_a_compiled_evaluation_draws_the_same_particles(ppca, monkeypatch):
-    """Full chunks by the graph, the last one eagerly; a second minibatch, smaller, has a graph of its own."""
+    """Full chunks by the graph, more than ten, the last one eagerly; a second, smaller minibatch has its own graph."""
     model, guide, x = ppca
     monkeypatch.setitem(likelihood._ELEMENTS, "cpu", 30 * 4 * 15)
     monkeypatch.setattr(likelihood, "_POINTS", 30)
-    eager = log_likelihood(model, guide, x, 40, compile=False)
-    compiled = log_likelihood(model, guide, x, 40, compile=True)
+    eager = log_likelihood(model, guide, x, 190, compile=False)
+    compiled = log_likelihood(model, guide, x, 190, compile=True)
     torch.testing.assert_close(compiled.values, eager.values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled.standard_error, eager.standard_error, rtol=1e-3, atol=1e-5)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae.devices import resolve_device
-from pyrovae.errors import ArgumentError, CompilationError, ModelGuideError
+from pyrovae.errors import ArgumentError, ModelGuideError
 from pyrovae.modes import device_of, evaluating
 from pyrovae.progress import progress_bar
 from pyrovae.structure import Program, check
+from pyrovae.training.compiled import Graphs, check_compile
 from pyrovae.training.data import Batches, Data, batches
-from pyrovae.training.graph import Compiled, compile_function
+from pyrovae.training.graph import Compiled
 from pyrovae.training.programs import local_params
 from pyrovae.weights import LogWeights, log_weights
 
@@ -124,8 +124,7 @@ def log_likelihood(
     if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
         raise ArgumentError(f"particles is {particles!r}; it must be a whole number, at least 1")
     place = resolve_device(device) if device is not None else device_of(model, guide)
-    if not (compile is True or compile is False or compile == "auto"):
-        raise ArgumentError(f"compile is {compile!r}; it must be 'auto', True or False")
+    check_compile(compile)
     _keep_freed_memory()
     with asking(model, guide, seed=seed):
         source = _source(model, data, _POINTS, place)
@@ -221,7 +220,7 @@ class _Chunks:
     guide: Program
     nesting: int
     compile: bool
-    graphs: dict[Any, Compiled | None] = field(default_factory=dict)
+    graphs: Graphs = field(default_factory=lambda: Graphs("this evaluation"))
 
     def power_sums(self, batch: tuple[Tensor, ...], particles: int) -> tuple[Tensor, Tensor]:
         """``log Σ w`` and ``log Σ w²`` over the particles for each data point of a minibatch, chunk by chunk."""
@@ -252,15 +251,10 @@ class _Chunks:
     def _graph(self, batch: tuple[Tensor, ...], size: int) -> Compiled | None:
         """The graph of a chunk for minibatches of this shape; ``None``, after a warning, where there can be none."""
         key = (size, *(part.shape for part in batch))
-        if key not in self.graphs:
-            try:
-                self.graphs[key] = compile_function(lambda *args: (self._sums(self.guide, args, size), ()), batch, ())
-            except CompilationError as error:
-                if error.wrong:
-                    raise
-                warnings.warn(f"this evaluation runs eagerly, it cannot be compiled: {error}", stacklevel=4)
-                self.compile, self.graphs[key] = False, None
-        return self.graphs[key]
+        graph = self.graphs[key]
+        if graph is None and not self.graphs.failed:
+            graph = self.graphs.add(key, lambda *args: (self._sums(self.guide, args, size), ()), batch, lambda: ())
+        return graph
 
 
 def _proposal(guide: Any, batch: tuple[Tensor, ...]) -> Program:

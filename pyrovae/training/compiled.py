@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrovae.errors import CompilationError
+from pyrovae.errors import ArgumentError, CompilationError
 from pyrovae.modes import modules_of
 from pyrovae.objectives import Objective
 from pyrovae.structure import Program
 from pyrovae.training.graph import Compiled, Function, compile_function
 from pyrovae.training.step import EagerStep
 
-__all__ = ["CompiledStep", "Graphs", "Learning", "buffers_of", "numbers_of", "objective_state"]
+__all__ = ["CompiledStep", "Graphs", "Learning", "buffers_of", "check_compile", "numbers_of", "objective_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,12 @@ class Learning:
             torch.compiler._is_compiling_flag = flag
             for group, values in zip(self._groups, before, strict=True):
                 group.update(values)
+
+
+def check_compile(compile: Any) -> None:
+    """Raises an error unless the argument is one of those that a fit or an evaluation takes."""
+    if not (compile is True or compile is False or compile == "auto"):
+        raise ArgumentError(f"compile is {compile!r}; it must be 'auto', True or False")
 
 
 def numbers_of(*programs: Any) -> tuple[Any, ...]:

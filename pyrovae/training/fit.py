@@ -21,7 +21,7 @@ from pyrovae.objectives import ELBO, Objective
 from pyrovae.registry import configuration
 from pyrovae.structure import Program, check, check_enumerated, data_size
 from pyrovae.training import checkpoint
-from pyrovae.training.compiled import CompiledStep
+from pyrovae.training.compiled import CompiledStep, check_compile
 from pyrovae.training.data import Batches, Data, batches
 from pyrovae.training.loop import Loop
 from pyrovae.training.optimizers import OptimizerSpec, ScheduleSpec, make_optimizer, make_schedule
@@ -285,8 +285,7 @@ def _check_arguments(objective: Any, callbacks: Any, clip_norm: Any, precision: 
         raise ArgumentError(f"clip_norm is {clip_norm!r}; it must be a finite number above 0, or None")
     if precision not in ("float32", "bf16"):
         raise ArgumentError(f"precision is {precision!r}; it must be 'float32' or 'bf16'")
-    if not (compile is True or compile is False or compile == "auto"):
-        raise ArgumentError(f"compile is {compile!r}; it must be 'auto', True or False")
+    check_compile(compile)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ArgumentError(f"seed is {seed!r}; it must be a whole number, at least 0")
 

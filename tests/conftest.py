@@ -9,7 +9,10 @@ import pyro
 import pytest
 import torch
 
+from pyrovae.training import graph
+
 matplotlib.use("Agg")
+graph._OPTIONS["cpp_cache_precompile_headers"] = True  # which pays where as many graphs are compiled as here
 
 
 @pytest.fixture(autouse=True)

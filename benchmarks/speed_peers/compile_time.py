@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from benchmarks.speed_peers.ours import Ours
+from benchmarks.speed_peers.ours import compiled
 from benchmarks.speed_peers.workloads import WORKLOADS
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    ours = Ours(WORKLOADS[options.workload], torch.device(options.device), compile=True)
+    ours = compiled(WORKLOADS[options.workload], torch.device(options.device))
     ours.run(1)  # eager, so that the optimizer's state exists
     print(ours.run(1))
 

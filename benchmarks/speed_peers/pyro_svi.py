@@ -24,25 +24,33 @@ class PyroSVI:
         workload: what to fit.
         device: where.
         validate: whether Pyro validates models and distributions, as it does by default.
+        svi: the class, for one with Pyro's signature.
+        loss: ``None`` for Pyro's.
     """
 
-    def __init__(self, workload: Workload, device: torch.device, validate: bool) -> None:
+    def __init__(
+        self, workload: Workload, device: torch.device, validate: bool, svi: type[SVI] = SVI, loss: Any = None
+    ) -> None:
         torch.manual_seed(0)
         self.workload, self.device, self.validate = workload, device, validate
         self.store: dict[str, Any] = {"params": {}, "constraints": {}}  # Pyro's global one serves one fit at a time
         self.batches = batches(workload, device)
         model, guide = programs(workload, device)
-        self.svi = SVI(model, guide, Adam({"lr": workload.lr}), loss=pyro_loss(workload))
+        self.svi = svi(model, guide, Adam({"lr": workload.lr}), loss=loss or pyro_loss(workload))
 
     def run(self, steps: int) -> float:
         """Seconds that a number of steps takes."""
         with pyro.get_param_store().scope(self.store), pyro.validation_enabled(self.validate):
             synchronize(self.device)
             start = time.perf_counter()
-            for step in range(steps):
-                self.svi.step(*self.batches[step % len(self.batches)])
+            self.take(steps)
             synchronize(self.device)
             return time.perf_counter() - start
+
+    def take(self, steps: int) -> None:
+        """A number of steps, over the minibatches in turn."""
+        for step in range(steps):
+            self.svi.step(*self.batches[step % len(self.batches)])
 
     def tune(self) -> None:
         """Nothing to choose."""

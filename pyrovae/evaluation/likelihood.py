@@ -251,10 +251,7 @@ class _Chunks:
     def _graph(self, batch: tuple[Tensor, ...], size: int) -> Compiled | None:
         """The graph of a chunk for minibatches of this shape; ``None``, after a warning, where there can be none."""
         key = (size, *(part.shape for part in batch))
-        graph = self.graphs[key]
-        if graph is None and not self.graphs.failed:
-            graph = self.graphs.add(key, lambda *args: (self._sums(self.guide, args, size), ()), batch, lambda: ())
-        return graph
+        return self.graphs.get(key, lambda *args: (self._sums(self.guide, args, size), ()), batch, lambda: ())
 
 
 def _proposal(guide: Any, batch: tuple[Tensor, ...]) -> Program:

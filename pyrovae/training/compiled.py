@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.errors import ArgumentError, CompilationError
-from pyrovae.modes import modules_of
 from pyrovae.objectives import Objective
-from pyrovae.structure import Program
+from pyrovae.training.data import Batches, Key, Resident, key_of
 from pyrovae.training.graph import Compiled, Function, compile_function
+from pyrovae.training.optimizers import Constant
+from pyrovae.training.programs import buffers_of
 from pyrovae.training.step import EagerStep
 
-__all__ = ["CompiledStep", "Graphs", "Learning", "buffers_of", "check_compile", "numbers_of", "objective_state"]
+__all__ = ["CompiledStep", "Graphs", "Learning", "check_compile", "numbers_of", "objective_state"]
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[tuple[torch.Size, torch.dtype], ...]  # of each tensor of a minibatch
 
 # "auto" compiles a shape when the steps that remain with it take longer than this eagerly. Compiling takes some 10 s,
 # and a compiled step at most two thirds of the time.
@@ -49,7 +49,7 @@ class Learning:
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.optimizers = list(optimizers)
         self._groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._seen = [float(group["lr"]) for group in self._groups]
+        self._seen = self.rates()
         self._rates = [
             torch.tensor(rate, dtype=group["params"][0].dtype, device=group["params"][0].device)
             for rate, group in zip(self._seen, self._groups, strict=True)
@@ -76,6 +76,28 @@ class Learning:
             if group["lr"] != self._seen[index]:
                 self._seen[index] = group["lr"]
                 self._rates[index].fill_(group["lr"])
+
+    def ahead(self, schedule: LRScheduler, steps: int) -> list[list[float]]:
+        """The rates of the next steps, through which it takes the schedule: one for each, or one for all."""
+        rows = [self.rates()]
+        if isinstance(schedule, Constant):
+            schedule.step(steps=steps)
+        else:
+            for _ in range(steps):
+                schedule.step()
+                rows.append(self.rates())
+            rows.pop()
+        self._seen = rows[-1]
+        return rows
+
+    def take(self, rates: Tensor) -> None:
+        """Takes over the rates of one step; may be traced."""
+        for rate, value in zip(self._rates, rates, strict=True):
+            rate.copy_(value)
+
+    def rates(self) -> list[float]:
+        """The learning rate of each group."""
+        return [float(group["lr"]) for group in self._groups]
 
     @contextlib.contextmanager
     def traceable(self) -> Iterator[None]:
@@ -117,11 +139,6 @@ def numbers_of(*programs: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def buffers_of(*programs: Program) -> list[Tensor]:
-    """The buffers of model and guide."""
-    return [buffer for program in programs for module in modules_of(program) for buffer in module.buffers()]
-
-
 def objective_state(objective: Any) -> list[Tensor]:
     """The tensors that an objective keeps from step to step."""
     return [objective.step] if isinstance(objective, Objective) else []
@@ -140,22 +157,33 @@ class Graphs:
         self._graphs: dict[Any, Compiled] = {}
 
     def __getitem__(self, key: Any) -> Compiled | None:
+        """The graph of a key, if it has been compiled."""
         return self._graphs.get(key)
 
-    def add(
-        self, key: Any, function: Function, args: Sequence[Tensor], state: Callable[[], Sequence[Tensor]]
+    def get(
+        self,
+        key: Any,
+        function: Function,
+        args: Sequence[Tensor],
+        state: Callable[[], Sequence[Tensor]],
+        repeats: bool = False,
+        shapes: Sequence[torch.Size] | None = None,
     ) -> Compiled | None:
-        """Compiles a function; ``None``, after a warning, where that cannot be done.
+        """The graph of a key, compiled when it is first asked for; ``None``, after a warning, where that cannot be.
 
         Args:
             key: under which the graph will be found.
             function: from tensors to results and gradients.
             args: tensors of the shapes that it is compiled for.
             state: gives the tensors that the function updates.
+            repeats: whether the graph will be repeated on these arguments.
+            shapes: for the log, where they are not those of the arguments.
 
         Raises:
             CompilationError: the compiled function gives other numbers than the eager one.
         """
+        if key in self._graphs or self.failed:
+            return self._graphs.get(key)
         start = time.perf_counter()
         try:
             if len(self._graphs) == _MOST_GRAPHS:
@@ -163,17 +191,59 @@ class Graphs:
                     f"it came in more than {_MOST_GRAPHS} variants. Hold Python numbers that change in tensors, and"
                     " give arguments of a few shapes"
                 )
-            graph = compile_function(function, args, state())
+            graph = compile_function(function, args, state(), repeats)
         except CompilationError as error:
             if error.wrong:
                 raise
             self.failed = True
             warnings.warn(f"{self.what} runs eagerly, it cannot be compiled: {error}", stacklevel=4)
             return None
-        shapes = ", ".join(str(tuple(arg.shape)) for arg in args)
-        logger.info("compiled %s for shapes %s in %.1f s", self.what, shapes, time.perf_counter() - start)
+        said = ", ".join(str(tuple(shape)) for shape in shapes or [arg.shape for arg in args])
+        logger.info("compiled %s for shapes %s in %.1f s", self.what, said, time.perf_counter() - start)
         self._graphs[key] = graph
         return graph
+
+
+class _Feed:
+    """The whole minibatches of an epoch for a graph that gathers them itself: their rows, learning rates, and the next.
+
+    Args:
+        batches: the data.
+        rates: the learning rates, to begin with.
+    """
+
+    def __init__(self, batches: Resident, rates: list[float]) -> None:
+        device = batches.tensors[0].device
+        self.batches = batches
+        self.rows = torch.zeros(batches.whole, batches.batch_size, dtype=torch.int64, device=device)
+        self.rates = torch.tensor([rates] * batches.whole, dtype=torch.float64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tensors = (self.rows, self.rates, *batches.tensors)
+        self._epoch = -1
+        self._constant: list[float] | None = rates  # of all places
+
+    def go_to(self, epoch: int, place: int) -> None:
+        """The next minibatch is that of an epoch and a place in it."""
+        if epoch != self._epoch:
+            self.rows.copy_(self.batches.order(epoch)[: self.rows.numel()].view_as(self.rows))
+            self._epoch = epoch
+        self.place.fill_(place)
+
+    def set_rates(self, rates: list[list[float]], place: int) -> None:
+        """The learning rates of a place and those after it; one row is that of all."""
+        if len(rates) > 1:
+            self.rates[place : place + len(rates)] = torch.tensor(rates, dtype=self.rates.dtype)
+            self._constant = None
+        elif rates[0] != self._constant:
+            self.rates.copy_(torch.tensor(rates[0], dtype=self.rates.dtype))
+            self._constant = rates[0]
+
+    def next(self, rows: Tensor, rates: Tensor, *tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The learning rates and the minibatch at this place; may be traced."""
+        batch = self.batches.gather(rows.index_select(0, self.place).squeeze(0), tensors)
+        taken = rates.index_select(0, self.place).squeeze(0)
+        self.place += 1
+        return taken, batch
 
 
 @dataclass
@@ -181,8 +251,8 @@ class CompiledStep(EagerStep):
     """An :class:`EagerStep` that compiles itself, once for each shape of minibatch.
 
     The first step is eager, so that the optimizer's state exists. A step that cannot be compiled says why, once, and
-    stays eager. An update with a loss or gradient that is not finite is skipped, and so are all after it, until
-    :meth:`raise_if_bad` is called.
+    stays eager. An update with a loss or gradient that is not finite is skipped, and so are all after it; they change
+    nothing, and :meth:`skipped` counts them.
 
     Args:
         mode: ``True``, or ``"auto"`` to compile a shape only when the steps that remain pay for it.
@@ -202,6 +272,7 @@ class CompiledStep(EagerStep):
         self._learning: Learning | None = None
         self._tracing = False
         self._times: dict[Key, list[float]] = {}
+        self._feed: _Feed | None = None
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -210,7 +281,7 @@ class CompiledStep(EagerStep):
 
     def __call__(self, batch: tuple[Tensor, ...]) -> None:
         """One update, eager or compiled."""
-        key = tuple([(part.shape, part.dtype) for part in batch])
+        key = key_of(batch)
         graph = self.graphs[key, self._numbers] or self._compiled(key, batch)
         if graph is None:
             start = time.perf_counter()
@@ -223,15 +294,37 @@ class CompiledStep(EagerStep):
         self.calls += 1
         self.schedule.step()
 
+    def many(self, batches: Batches, epoch: int, done: int, limit: int) -> int:
+        """Takes the next updates of an epoch, on minibatches that the graph gathers itself, in one call."""
+        steps = min(limit, batches.whole - done) if isinstance(batches, Resident) else 0
+        if steps < 1 or self.graphs.failed or not self._has_state():
+            return 0
+        assert isinstance(batches, Resident)
+        key = batches.key
+        if not self._is_wanted(key):
+            return 0
+        self._learning = self._learning or Learning([self.optimizer])
+        if self._feed is None or self._feed.batches is not batches:
+            self._feed = _Feed(batches, self._learning.rates())
+        feed = self._feed
+        feed.go_to(epoch, done)
+        shapes = [shape for shape, _ in key]
+        graph = self.graphs.get((feed, self._numbers), self._next, feed.tensors, self._state, True, shapes)
+        if graph is None:
+            return 0
+        feed.set_rates(self._learning.ahead(self.schedule, steps), done)
+        graph.repeat(steps)
+        self.calls += steps
+        return steps
+
     @torch.no_grad()
     def evaluate(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The bound per data point on a minibatch; compiled for the shape that comes first, where that pays."""
         key = (tuple([part.shape for part in batch]), self._numbers)
-        graph = self.validation[key]
-        if graph is None and self._validation_is_worth(batch):
-            graph = self.validation.add(key, lambda *parts: ([EagerStep.evaluate(self, parts)], []), batch, lambda: ())
-        if graph is not None:
-            return graph(*batch)[0][0].clone()
+        if self.validation[key] is not None or self._validation_is_worth(batch):
+            graph = self.validation.get(key, lambda *parts: ([EagerStep.evaluate(self, parts)], []), batch, lambda: ())
+            if graph is not None:
+                return graph(*batch)[0][0].clone()
         start = time.perf_counter()
         bound = super().evaluate(batch)
         self._validation_seconds += time.perf_counter() - start
@@ -258,52 +351,65 @@ class CompiledStep(EagerStep):
         self.validates_compiled = parts.get("validation", False)
 
     def apply(self, bad: Tensor, batch: tuple[Tensor, ...], loss: Tensor) -> None:
-        """The optimizer's update; in a graph, everything it changed is put back where an update was bad."""
+        """The optimizer's update; in a graph, :meth:`_function` sees to the bad ones."""
         if not self._tracing:
             return super().apply(bad, batch, loss)
         assert self._learning is not None
         self.bad |= bad
-        changed = [*self.parameters.values(), *self._learning.tensors()]
-        before = [tensor.detach().clone() for tensor in changed]
         with self._learning.traceable():
             self.optimizer.step()
-        with torch.no_grad():
-            for tensor, value in zip(changed, before, strict=True):
-                tensor.copy_(torch.where(self.bad, value, tensor))
         return None
 
     def _compiled(self, key: Key, batch: tuple[Tensor, ...]) -> Compiled | None:
         """The graph for a shape, if it is to have one now."""
-        wanted = key in self.chosen or self.mode is True or self._worth(key)
-        if self.graphs.failed or not self.optimizer.state or not wanted:
+        if self.graphs.failed or not self._has_state() or not self._is_wanted(key):
             return None
-        if key not in self.chosen:
+        return self.graphs.get((key, self._numbers), self._function, batch, self._state)
+
+    def _has_state(self) -> bool:
+        """Whether the optimizer's state exists: after a step, or when a fit goes on that had compiled some."""
+        return bool(self.calls or self.optimizer.state or self.chosen)
+
+    def _is_wanted(self, key: Key) -> bool:
+        """Whether a shape is to be compiled, now or before."""
+        if key not in self.chosen and (self.mode is True or self._worth(key)):
             self.chosen.append(key)
-        graph = self.graphs.add((key, self._numbers), self._function, batch, self._state)
-        self.optimizer.zero_grad(set_to_none=True)
-        return graph
+        return key in self.chosen
+
+    def _next(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The step on the next minibatch of the feed, as it is traced."""
+        assert self._feed is not None
+        assert self._learning is not None
+        rates, batch = self._feed.next(*tensors)
+        self._learning.take(rates)
+        return self._function(*batch)
 
     def _function(self, *batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The step as it is traced."""
+        """The step as it is traced; all that it changed is put back where an update was bad."""
+        changing = self._changing()
+        before = [tensor.detach().clone() for tensor in changing]
         self._tracing, self.foreach = True, False
         try:
             gradients = self.update(batch)
-            return [self.sums], gradients
         finally:
             self._tracing, self.foreach = False, None
+            self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(torch.where(self.bad, value, tensor))
+        return [self.sums], gradients
+
+    def _changing(self) -> list[Tensor]:
+        """What a good update changes."""
+        assert self._learning is not None
+        buffers, kept = buffers_of(self.model, self.guide), objective_state(self.objective)
+        return [*self.parameters.values(), *self._learning.tensors(), *buffers, *kept]
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step updates."""
         self._learning = self._learning or Learning([self.optimizer])
-        return [
-            *self.parameters.values(),
-            *self._learning.tensors(),
-            *buffers_of(self.model, self.guide),
-            *objective_state(self.objective),
-            self.bad,
-            self.updates,
-            self.sums,
-        ]
+        place = [self._feed.place] if self._feed is not None else []
+        return [*self._changing(), self.bad, self.updates, self.sums, *place]
 
     def _worth(self, key: Key) -> bool:
         """Whether the steps that remain with this shape would take long enough eagerly."""

@@ -13,15 +13,21 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pyrovae.datasets import Split
 from pyrovae.errors import ArgumentError, DataError
 
-__all__ = ["Batches", "Data", "batches"]
+__all__ = ["Batches", "Data", "Key", "Resident", "batches", "key_of"]
 
 Data = Tensor | Sequence[Tensor] | Split | Dataset | DataLoader
 
+Key = tuple[tuple[torch.Size, torch.dtype], ...]  # of each tensor of a minibatch
 _EPOCH_STRIDE = 1_000_003  # a prime, so that (seed, epoch) pairs do not meet in practice
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return (seed * _EPOCH_STRIDE + epoch) % 2**63  # what a generator takes
+
+
+def key_of(batch: Sequence[Tensor]) -> Key:
+    """Shapes and dtypes of a minibatch."""
+    return tuple([(part.shape, part.dtype) for part in batch])
 
 
 class Batches(ABC):
@@ -32,6 +38,7 @@ class Batches(ABC):
         steps: number of minibatches an epoch.
     """
 
+    batch_size = 0  # of most minibatches; 0 where that is not known
     generators: Sequence[torch.Generator] = ()  # a user's own, whose states belong to the fit's random state
 
     def __init__(self, size: int, steps: int) -> None:
@@ -52,8 +59,17 @@ class Batches(ABC):
         return {"size": self.size}
 
 
-class _Resident(Batches):
-    """Tensors on the device; ``draw`` re-binarizes the first one at every minibatch where that is asked for."""
+class Resident(Batches):
+    """Tensors on the device, gathered there.
+
+    Args:
+        tensors: with the same first dimension, the data points.
+        split: whose ``draw`` makes the first of a minibatch's tensors, anew at every minibatch where it is binarized
+            dynamically; ``None`` for tensors as they are.
+        batch_size: data points of each minibatch but the last of an epoch, which has what remains.
+        device: where the tensors are put.
+        seed: of the order of each epoch; ``None`` keeps the order.
+    """
 
     def __init__(
         self, tensors: tuple[Tensor, ...], split: Split | None, batch_size: int, device: torch.device, seed: int | None
@@ -65,16 +81,34 @@ class _Resident(Batches):
         self.batch_size = batch_size
         self.seed = seed
 
+    @property
+    def whole(self) -> int:
+        """Number of minibatches of the full size, the first ones of an epoch."""
+        return self.size // self.batch_size
+
+    @property
+    def key(self) -> Key:
+        """Shapes and dtypes of these."""
+        return tuple((torch.Size([self.batch_size, *tensor.shape[1:]]), tensor.dtype) for tensor in self.tensors)
+
+    def order(self, number: int) -> Tensor:
+        """The rows in the order of an epoch."""
+        device = self.tensors[0].device
+        if self.seed is None:
+            return torch.arange(self.size, device=device)
+        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, number))
+        return torch.randperm(self.size, generator=generator).to(device)
+
+    def gather(self, rows: Tensor | slice, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The minibatch of some rows of the tensors."""
+        batch = tuple(tensor[rows] for tensor in tensors)
+        return batch if self.split is None else (self.split.draw(batch[0]), *batch[1:])
+
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        order = None
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(_epoch_seed(self.seed, number))
-            order = torch.randperm(self.size, generator=generator).to(self.tensors[0].device)
+        order = None if self.seed is None else self.order(number)
         for step in range(start, self.steps):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            rows = part if order is None else order[part]
-            batch = tuple(tensor[rows] for tensor in self.tensors)
-            yield batch if self.split is None else (self.split.draw(batch[0]), *batch[1:])
+            yield self.gather(part if order is None else order[part], self.tensors)
 
     def describe(self) -> dict[str, Any]:
         shapes = [list(tensor.shape[1:]) for tensor in self.tensors]
@@ -162,7 +196,7 @@ def batches(
         tensors = _tensors(data, name)
         if tensors is not None:
             _check_tensors(tensors, name)
-            source = _Resident(tensors, split, batch_size or 100, device, seed)
+            source = Resident(tensors, split, batch_size or 100, device, seed)
         elif isinstance(data, Dataset):
             _length(data, name)
             source = _Seeded(data, batch_size or 100, device, seed)
@@ -222,8 +256,8 @@ def _check_values(source: Batches, name: str, likelihood: Any) -> None:
             f"{name} holds {source.first()[0].dtype}; this model takes floating-point data: convert it, as in"
             " data.float() / 255 for 8-bit images"
         )
-    whole = isinstance(source, _Resident) and (source.split is None or source.split.binarization != "dynamic")
-    x = source.tensors[0] if isinstance(source, _Resident) and whole else source.first()[0]
+    whole = isinstance(source, Resident) and (source.split is None or source.split.binarization != "dynamic")
+    x = source.tensors[0] if isinstance(source, Resident) and whole else source.first()[0]
     outside = ~likelihood.support.check(x)
     if bool(outside.any()):
         raise DataError(

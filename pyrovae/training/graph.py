@@ -8,7 +8,6 @@ handlers have left no trace.
 from __future__ import annotations
 
 import contextlib
-import functools
 import linecache
 import logging
 import math
@@ -26,22 +25,30 @@ import pyro
 import torch
 from pyro.infer.util import torch_item
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.errors import CompilationError
+from pyrovae.training.native import native
+from pyrovae.training.passes import drop_known_comparisons, use_library
 
 __all__ = ["Compiled", "Function", "compile_function"]
+
+logger = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]]
 """From arguments to results and gradients; it may update tensors in place."""
 
-# Inductor draws random numbers with torch's own kernels, in the order of the eager run, so that both agree. It need not
-# look at the shapes of its inputs at every call, which are those it was compiled for.
-_OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+_OPTIONS: dict[str, Any] = {
+    "fallback_random": True,  # torch's own random kernels, in the order of the eager run, so that both agree
+    "size_asserts": False,  # shapes are those that the graph was compiled for
+    "alignment_asserts": False,
+    "cpp.min_chunk_size": 4096,  # numbers for which a thread is started; for fewer that costs more than it saves
+    "cpp.vec_isa_ok": True,  # does not compile a trial for each instruction set that the processor has
+    "cpp_wrapper_build_separate": True,  # compiles kernels apart from what calls them, which is much quicker
+    "cpp_cache_precompile_headers": False,  # precompiling takes longer than a graph
+}
 _CHECKED_CALLS = frozenset(10**power for power in range(1, 10))
-# From this number of multiplications, oneDNN's matrix product is the faster one (benchmarks/NOTES.md).
-_ONEDNN_FROM = 2**20
 
 
 class Compiled:
@@ -62,6 +69,7 @@ class Compiled:
         self._results = results
         self._check = check
         self._calls = 0
+        self._repeat: Callable[[int], None] | None = None
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -69,33 +77,71 @@ class Compiled:
 
         At the 10th, 100th, … call the function is traced again, for Python numbers that changed since.
         """
-        self._calls += 1
-        if self._calls in _CHECKED_CALLS:
-            self._check()
+        self._count(1)
         given = self._run(*args, *self._state)
         return given[: self._results], given[self._results :]
 
     @torch.no_grad()
-    def capture(self, args: Sequence[Tensor]) -> None:
+    def repeat(self, times: int) -> None:
+        """Runs the graph a number of times on the arguments that it was compiled for, in one call.
+
+        What it gives is dropped, so that the function must leave in its state what it is to say.
+        """
+        assert self._repeat is not None, "compile_function(..., repeats=True)"
+        self._count(times)
+        self._repeat(times)
+
+    def _count(self, calls: int) -> None:
+        before, self._calls = self._calls, self._calls + calls
+        if any(before < number <= self._calls for number in _CHECKED_CALLS):
+            self._check()
+
+    @torch.no_grad()
+    def capture(self, args: Sequence[Tensor], repeats: bool) -> None:
         """Records the kernels of one call in a CUDA graph, which later calls replay: the host launches once a call.
 
         Arguments are then copied into those of the recording, and results are valid until the next call.
         """
-        static, state, run = [arg.clone() for arg in args], self._state, self._run
+        static, state, run = list(args) if repeats else [arg.clone() for arg in args], self._state, self._run
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded):
             given = run(*static, *state)
 
         def replay(*inputs: Tensor) -> Any:
             for place, value in zip(static, inputs, strict=False):  # the state follows, in its place already
-                place.copy_(value)
+                if place is not value:
+                    place.copy_(value)
             recorded.replay()
             return given
 
         self._run = replay
 
+    @torch.no_grad()
+    def repeat_with(self, args: Sequence[Tensor], loop: Callable[[int], None] | None, keep: _Snapshot) -> None:
+        """Lets the graph be repeated: by a loop in C++, once it is seen to do what a call does, else one in Python."""
 
-def compile_function(function: Function, args: Sequence[Tensor], state: Sequence[Tensor]) -> Compiled:
+        def calls(times: int) -> None:
+            for _ in range(times):
+                self._run(*args, *self._state)
+
+        self._repeat = calls
+        if loop is None:
+            return
+        states = []
+        for run in (calls, loop):
+            keep.restore()
+            run(1)
+            states.append([tensor.detach().clone() for tensor in keep.tensors])
+        keep.restore()
+        if all(torch.allclose(one, two, equal_nan=True) for one, two in zip(*states, strict=True)):
+            self._repeat = loop
+        else:  # pragma: no cover - Inductor leaves updates to its Python wrapper only where inputs share memory
+            logger.info("steps are called from Python, one by one: the graph alone does not update its state")
+
+
+def compile_function(
+    function: Function, args: Sequence[Tensor], state: Sequence[Tensor], repeats: bool = False
+) -> Compiled:
     """Traces a function and compiles it.
 
     The function is run four times: to trace it, to trace it again and see that nothing but tensors changes from call to
@@ -105,6 +151,7 @@ def compile_function(function: Function, args: Sequence[Tensor], state: Sequence
         function: from tensors to results and gradients; it may update ``state`` in place.
         args: tensors of the shapes that it will be called with.
         state: every tensor that it updates. Other tensors that it reads become constants of the graph, by reference.
+        repeats: whether the graph will be repeated on these very arguments.
 
     Returns:
         A :class:`Compiled`, called with new arguments.
@@ -121,7 +168,8 @@ def compile_function(function: Function, args: Sequence[Tensor], state: Sequence
         (tensor(2.), tensor([1., 1.]))
     """
     own = list({id(tensor): tensor for tensor in state}.values())
-    keep = _Snapshot(own, args[0].device if args else own[0].device)
+    device = [*args, *own][0].device
+    keep = _Snapshot(own, device)
     try:
         graph, lifted, results = _trace(function, args, own)
         keep.restore()
@@ -139,16 +187,18 @@ def compile_function(function: Function, args: Sequence[Tensor], state: Sequence
             _check_again(function, args, own, signature)
 
     signature.require(_Signature.of(again, lifted_again))
-    _use_onednn(graph)
+    inputs = [*args, *own, *lifted]
     try:
-        run = _inductor(graph, [*args, *own, *lifted])
-        compiled = Compiled(run, [*own, *lifted], results, check)
+        run, loop = _inductor(graph, inputs, device, repeats)
     except Exception as error:  # Inductor's failures have no common base
         raise CompilationError(f"Inductor cannot compile it: {_first_line(error)}") from error
+    compiled = Compiled(run, [*own, *lifted], results, check)
     _compare(function, compiled, args, own, keep)
-    if args and args[0].is_cuda:
-        compiled.capture(args)
+    if device.type == "cuda":
+        compiled.capture(args, repeats)
         keep.restore()
+    if repeats:
+        compiled.repeat_with(args, loop, keep)
     return compiled
 
 
@@ -190,7 +240,7 @@ def _trace(
 
 def _check_again(function: Function, args: Sequence[Tensor], state: Sequence[Tensor], before: _Signature) -> None:
     """Raises an error when the function, run now, is no longer what was compiled."""
-    keep = _Snapshot(state, args[0].device if args else state[0].device)
+    keep = _Snapshot(state, [*args, *state][0].device)
     try:
         graph, lifted, _ = _trace(function, args, state)
     finally:
@@ -255,67 +305,56 @@ class _Signature:
 
 
 @torch.no_grad()
-def _inductor(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    for node in graph.graph.nodes:
-        node.meta.clear()  # fake tensors of the trace, which Inductor would take for its own
+def _inductor(
+    graph: GraphModule, inputs: list[Tensor], device: torch.device, repeats: bool
+) -> tuple[Callable[..., Any], Callable[[int], None] | None]:
+    """Inductor's callable, and what repeats its first call, where that is asked for and there is the library for it."""
     with _quiet():
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        run: Any = compile_fx(graph, [tensor.detach() for tensor in inputs], config_patches=_OPTIONS)
-    return run
+        known = config.get_config_copy()
+        with config.patch({name: value for name, value in _OPTIONS.items() if name in known}):
+            drop_known_comparisons(graph)
+            library = native() if device.type == "cpu" else None
+            if library is not None:
+                use_library(graph, library)
+            for node in graph.graph.nodes:
+                node.meta.clear()  # fake tensors of the trace, which Inductor would take for its own
+            recording = library.recording() if library is not None and repeats else contextlib.nullcontext()
+            patches = library.options if library is not None else None
+            with recording as loop, _cacheable():
+                run: Any = compile_fx(graph, [tensor.detach() for tensor in inputs], config_patches=patches)
+    return run, loop
+
+
+@contextlib.contextmanager
+def _cacheable() -> Iterator[None]:
+    """What Inductor's cache wants to know of a graph whose shapes are all fixed."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):
+        yield
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what Inductor warns of its own deprecated calls, and of a machine without a GPU."""
-    extension = logging.getLogger("torch.utils.cpp_extension")
-    level = extension.level
-    extension.setLevel(logging.ERROR)
+    """Keeps back what Inductor says of its own deprecated calls, of operators that are called by their names, and of a
+    machine without a GPU."""
+    chatty = [logging.getLogger(name) for name in ("torch.utils.cpp_extension", "torch._inductor.ir")]
+    levels = [each.level for each in chatty]
+    for each in chatty:
+        each.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             yield
     finally:
-        extension.setLevel(level)
-
-
-def _use_onednn(graph: GraphModule) -> None:
-    """Gives large float32 matrix products on a CPU to oneDNN, which on some processors has the faster kernels."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    aten = torch.ops.aten
-    for node in list(graph.graph.nodes):
-        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
-            continue
-        *bias, left, right = node.args
-        if _worth_onednn(left, right) and not (bias and bias[0].meta["val"].shape != right.meta["val"].shape[1:]):
-            with graph.graph.inserting_before(node):
-                product = graph.graph.call_function(_matmul(), (left, right, *(bias or [None])))
-            node.replace_all_uses_with(product)
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
-@functools.cache
-def _matmul() -> Any:
-    """oneDNN's product as an operator of its own (Inductor takes the built-in one for constant weights alone)."""
-    library = torch.library.Library("pyrovae", "DEF")
-    library.define("matmul(Tensor left, Tensor right, Tensor? bias) -> Tensor")
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    library.impl("matmul", lambda left, right, bias: linear(left, right.t(), bias, "none", [], ""), "CPU")
-    library.impl("matmul", lambda left, right, bias: left.new_empty(left.shape[0], right.shape[1]), "Meta")
-    _LIBRARIES.append(library)
-    return torch.ops.pyrovae.matmul.default
-
-
-_LIBRARIES: list[Any] = []  # an operator lives as long as its library
-
-
-def _worth_onednn(left: Node, right: Node) -> bool:
-    a, b = left.meta["val"], right.meta["val"]
-    large = a.shape[0] * a.shape[1] * b.shape[1] >= _ONEDNN_FROM
-    return large and a.dtype == torch.float32 and a.device.type == "cpu"
+        for each, level in zip(chatty, levels, strict=True):
+            each.setLevel(level)
 
 
 # ---------------------------------------------------------------------------------------------------------

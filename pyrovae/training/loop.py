@@ -17,7 +17,7 @@ from torch import Tensor
 from pyrovae.errors import CorruptFileError, NonFiniteError
 from pyrovae.modes import evaluating
 from pyrovae.objectives import Objective
-from pyrovae.progress import progress_bar
+from pyrovae.progress import Pace, progress_bar
 from pyrovae.training import checkpoint
 from pyrovae.training.data import Batches
 from pyrovae.training.programs import restore_state, untouched
@@ -72,6 +72,7 @@ class Loop:
         self.checkpoint_every = checkpoint_every
         self.progress = progress
         self.position = (0, 0)  # epochs finished, minibatches of the next one done
+        self.pace = Pace()
         self.weight = 0  # data points of the epoch so far
         self.seconds = 0.0
         self.best: dict[str, Any] = {"bound": -float("inf"), "epoch": 0, "state": None}
@@ -105,49 +106,56 @@ class Loop:
     def _epoch(self, bar: Any, interruption: _Interruption) -> None:
         finished, done = self.position
         self.step.begin_epoch()
+        self.step.mark()
         if done == 0:
             self.step.sums.zero_()
             self.weight, self.seconds = 0, 0.0
             self.epoch_rng = self._rng_state()
-            minibatches = self.train_batches.epoch(finished)
+            minibatches: Iterator[tuple[Tensor, ...]] | None = self.train_batches.epoch(finished)
         else:  # a resumed epoch: what the loader drew up to here must be drawn as it was
             here = self._rng_state()
             self._set_rng_state(self.epoch_rng or here)
             minibatches = self.train_batches.epoch(finished, done)
             self._set_rng_state(here)
         start, shown, before = time.perf_counter(), time.perf_counter(), self.seconds
-        for batch in minibatches:
+        while done < self.train_batches.steps and interruption.signal is None:
             try:
-                self.step(batch)
+                began = time.perf_counter()
+                taken = self.step.many(self.train_batches, finished, done, self.pace.steps)
+                if taken:
+                    self.pace.took(taken, time.perf_counter() - began)
+                    points, minibatches = taken * self.train_batches.batch_size, None
+                else:
+                    minibatches = minibatches or self.train_batches.epoch(finished, done)
+                    batch = next(minibatches)
+                    self.step(batch)
+                    taken, points = 1, len(batch[0])
             except NonFiniteError as error:
                 raise NonFiniteError(self._stopped_at(error)) from None
-            done += 1
-            self.weight += len(batch[0])
-            bar.update()
             now = time.perf_counter()
+            done += taken
+            self.weight += points
+            bar.update(taken)
             self.seconds = before + now - start
             self.position = (finished, done)
             if now - shown > _REFRESH_SECONDS:
                 shown = now
                 self._require_finite()
                 bar.set_postfix_str(f"bound {self._means()['bound']:.3f} nats per data point", refresh=False)
-            if interruption.signal is not None:
-                break
         self._require_finite()
 
     def _require_finite(self) -> None:
         """Raises the error of an update that the device skipped, at the minibatch that was bad."""
         skipped = self.step.skipped()
         if not skipped:
+            self.step.mark()
             return
+        self.step.rewind(skipped)
         finished, done = self.position
         self.position = (finished, max(0, done - skipped))
         with untouched(self.run.model, self.run.guide):
-            bad = next(iter(self.train_batches.epoch(*self.position)))
-            try:
-                self.step.raise_if_bad(bad)
-            except NonFiniteError as error:
-                raise NonFiniteError(self._stopped_at(error)) from None
+            error = self.step.error_of(next(iter(self.train_batches.epoch(*self.position))))
+        raise NonFiniteError(self._stopped_at(error))
 
     def _stopped_at(self, error: NonFiniteError) -> str:
         finished, done = self.position

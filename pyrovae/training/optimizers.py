@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pyrovae.errors import ArgumentError, unknown_name
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerSpec", "ScheduleSpec", "make_optimizer", "make_schedule"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Constant", "OptimizerSpec", "ScheduleSpec", "make_optimizer", "make_schedule"]
 
 OptimizerSpec = str | type | Callable[[list[Tensor]], torch.optim.Optimizer]
 ScheduleSpec = str | Callable[[torch.optim.Optimizer], LRScheduler]
@@ -36,14 +36,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-class _Constant(LRScheduler):
+class Constant(LRScheduler):
     """Leaves the rate alone, at a tenth of the time of a rule that gives 1."""
 
     def get_lr(self) -> list[Any]:
         return [group["lr"] for group in self.optimizer.param_groups]
 
-    def step(self, epoch: int | None = None) -> None:
-        self.last_epoch += 1
+    def step(self, epoch: int | None = None, steps: int = 1) -> None:
+        self.last_epoch += steps
         if self.last_epoch == 0:  # the step of its construction
             self._last_lr = self.get_lr()
 
@@ -104,7 +104,7 @@ def make_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, steps: i
         if spec not in SCHEDULES:
             raise unknown_name("schedule", spec, SCHEDULES)
         if spec == "constant":
-            return _Constant(optimizer)
+            return Constant(optimizer)
         factor = SCHEDULES[spec]
         return LambdaLR(optimizer, lambda step: factor(step / steps))
     made: Any = spec(optimizer) if callable(spec) else spec

@@ -15,7 +15,7 @@ from pyrovae.errors import RunError
 from pyrovae.modes import modules_of
 from pyrovae.structure import Program, dry_run
 
-__all__ = ["local_params", "named_parameters", "state_of"]
+__all__ = ["buffers_of", "local_params", "named_parameters", "state_of"]
 
 
 @contextlib.contextmanager
@@ -35,14 +35,21 @@ def local_params(*programs: Program) -> Iterator[None]:
 @contextlib.contextmanager
 def untouched(*programs: Program) -> Iterator[None]:
     """What runs in the block leaves the random state and the buffers (batch-norm statistics) as they were."""
-    buffers = [b for program in programs if isinstance(program, nn.Module) for b in program.buffers()]
+    buffers = buffers_of(*programs)
     before = [buffer.clone() for buffer in buffers]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def buffers_of(*programs: Program) -> list[Tensor]:
+    """The buffers of model and guide."""
+    return [buffer for program in programs for module in modules_of(program) for buffer in module.buffers()]
 
 
 def named_parameters(model: Program, guide: Program, *args: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyrovae.errors import NonFiniteError
 from pyrovae.objectives import Objective
 from pyrovae.structure import Program
+from pyrovae.training.data import Batches
 
 __all__ = ["EagerStep", "Measured"]
 
@@ -26,7 +28,7 @@ class EagerStep:
 
     A loss or gradient that is not finite leaves the parameters as they are, the last good ones. On the CPU the error
     is raised at once; on an accelerator a fused optimizer skips this update and all that follow, and
-    :meth:`raise_if_bad`, called where the host waits for the device anyway, raises it.
+    :meth:`skipped`, asked where the host waits for the device anyway, tells.
 
     Args:
         model: Pyro model.
@@ -59,12 +61,42 @@ class EagerStep:
         self.calls = 0
         self.names: tuple[str, ...] = ()
         self.sums = torch.zeros(0, dtype=torch.float64, device=self.device)
+        self.mark()
 
     def __call__(self, batch: tuple[Tensor, ...]) -> None:
         """One update; the bound and its parts before it are added to the sums."""
         self.update(batch)
         self.calls += 1
         self.schedule.step()
+
+    def many(self, batches: Batches, epoch: int, done: int, limit: int) -> int:
+        """Takes the next updates of an epoch in one call, where that can be done.
+
+        Args:
+            batches: the data.
+            epoch: number of the epoch.
+            done: minibatches of it that were taken.
+            limit: most updates.
+
+        Returns:
+            The number of updates; 0 where minibatches are to be given one by one.
+        """
+        return 0
+
+    def mark(self) -> None:
+        """Takes note of the schedule here, where all updates were good."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._marked = (self.calls, copy.deepcopy(self.schedule.state_dict()), rates)
+
+    def rewind(self, skipped: int) -> None:
+        """Takes the schedule back to where the first of the updates that were skipped began."""
+        calls, schedule, rates = self._marked
+        self.schedule.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for _ in range(self.calls - skipped - calls):
+            self.schedule.step()
+        self.calls -= skipped
 
     def update(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
         """What a step does to tensors: gradient, guard, update, sums. Returns the gradients."""
@@ -109,10 +141,9 @@ class EagerStep:
     def compile_parts(self, parts: dict[str, Any]) -> None:
         """Has compiled what was when :meth:`compiled_parts` was asked, so that a fit continues alike."""
 
-    def raise_if_bad(self, batch: tuple[Tensor, ...]) -> None:
-        """Raises the error of the first update that was skipped on the device; ``batch`` was its minibatch."""
-        if bool(self.bad):
-            raise NonFiniteError(self._diagnosis(batch, self.backward(batch, len(batch[0]))["loss"]))
+    def error_of(self, batch: tuple[Tensor, ...]) -> NonFiniteError:
+        """The error of the first update that was skipped on the device; ``batch`` was its minibatch."""
+        return NonFiniteError(self._diagnosis(batch, self.backward(batch, len(batch[0]))["loss"]))
 
     def backward(self, batch: tuple[Tensor, ...], points: int) -> Measured:
         """Adds the gradient of the loss per data point; returns loss, bound and parts."""

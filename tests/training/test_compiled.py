@@ -32,6 +32,7 @@ from pyrovae.errors import CompilationError, NonFiniteError
 from pyrovae.guides import AmortizedBernoulli
 from pyrovae.models import SigmoidBeliefNet
 from pyrovae.training import compiled, graph
+from pyrovae.training.data import batches
 from pyrovae.training.graph import compile_function
 
 STEPS = 100
@@ -213,6 +214,34 @@ def test_an_update_that_is_not_finite_is_skipped_and_its_minibatch_named() -> No
             assert one[name].isfinite().all()
 
 
+class Measuring(Edge):
+    """Keeps a running mean of the data, which a bad minibatch would spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> None:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_((2.0 - self.slope * x.abs() / 10).log().mean(), 0.1)
+        super().forward(x)
+
+
+@pytest.mark.slow
+def test_a_skipped_update_leaves_buffers_and_the_schedule_where_they_were(tmp_path: Path) -> None:
+    """So that a run goes on from the last good parameters as if it had stopped there, once the data are mended."""
+    x = torch.randn(48, generator=seeded(0))
+    bad = x.clone()
+    bad[batches(x, 8, x.device, seed=0).order(0)[20]] = 1e3  # in the third minibatch
+    with pytest.raises(NonFiniteError, match="minibatch 3 of 6"):
+        fit(model := Measuring(), LinearGuide(), bad, compile=True, schedule="linear", run_dir=tmp_path)
+    assert model.mean.isfinite()
+    resumed = fit(Measuring(), LinearGuide(), x, compile=True, schedule="linear", run_dir=tmp_path, resume=True)
+    whole = fit(Measuring(), LinearGuide(), x, compile=True, schedule="linear")
+    assert [row["lr"] for row in resumed.history] == [row["lr"] for row in whole.history]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What cannot be compiled
 
@@ -275,7 +304,7 @@ def test_numbers_that_differ_are_an_error_and_not_a_warning(monkeypatch: pytest.
             return [1.01 * out for out in results], gradients
 
     monkeypatch.setattr(graph, "Compiled", Wrong)
-    monkeypatch.setattr(graph, "_inductor", lambda traced, inputs: traced)
+    monkeypatch.setattr(graph, "_inductor", lambda traced, *_: (traced, None))
     with pytest.raises(CompilationError, match="differs from the eager one at the same draws: result 0 is"):
         fit(*vae(), binary(), compile=True)
 

@@ -240,3 +240,62 @@ def test_a_loss_that_is_not_a_number_is_warned_of_as_pyro_does() -> None:
         assert svi.step(torch.full((2,), 50.0)) < 0
     with pytest.warns(UserWarning, match="NaN"):
         assert svi.step(torch.full((2,), -50.0)) != 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many steps in one call
+
+
+@pytest.mark.parametrize(
+    "name", ["plain functions", pytest.param("AutoLowRank", marks=pytest.mark.slow), "subsampled plate"]
+)
+def test_many_steps_are_as_many_single_ones(name: str) -> None:
+    """Of Pyro, at the same random numbers; other data and another learning rate between the calls."""
+    programs, loss, optim = CASES[name]
+
+    def run(many: bool) -> Tensor:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        made = optim()
+        svi = (pyrovae.SVI if many else PyroSVI)(*programs(), made, loss())
+        found = []
+        for x in (data(), data(), 1.0 + data()):
+            found.append(svi.steps(15, x) if many else torch.tensor([svi.step(x) for _ in range(15)]))
+            for optimizer in made.optim_objs.values():
+                optimizer.param_groups[0]["lr"] *= 0.7
+        return torch.cat(found).double()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs eagerly")
+        assert torch.allclose(run(many=True), run(many=False), rtol=1e-3, atol=1e-3)
+
+
+def test_many_steps_run_eagerly_where_they_must() -> None:
+    def branching(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean if mean > 0 else 2 * mean, 1.0), obs=x)
+
+    found = []
+    for compile in (True, False):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = pyrovae.SVI(branching, AutoNormal(branching), adam(), Trace_ELBO(), compile=compile)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(svi.steps(5, data()))
+        assert sum("runs eagerly" in str(each.message) for each in caught) == compile
+    assert torch.equal(*found)
+
+
+def test_many_steps_of_a_loss_of_two_parts_have_a_row_each() -> None:
+    pyro.clear_param_store()
+    loss = pyro.infer.ReweightedWakeSleep(num_particles=3, vectorize_particles=False)
+    svi = pyrovae.SVI(model, guide, adam(), loss, compile=False)
+    assert svi.steps(3, data()).shape == (3, 2)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, True])
+def test_a_bad_number_of_steps_is_refused(number: Any) -> None:
+    with pytest.raises(ArgumentError, match="number is .* at least 1"):
+        pyrovae.SVI(model, guide, adam(), Trace_ELBO()).steps(number, data())

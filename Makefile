@@ -19,10 +19,10 @@ demo: $(STAMP)  ## train a VAE on real digits, print its test log-likelihood, wr
 	@$(BIN)/pyrovae demo
 
 test: $(STAMP)  ## every test, the slow statistical ones too
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-fast: $(STAMP)  ## the tests to run all day
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 lint: $(STAMP)  ## ruff (code and notebooks), and mypy on the installed wheel
 	@$(BIN)/ruff check .

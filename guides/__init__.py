@@ -1,7 +1,60 @@
-"""Variational posteriors as Pyro guides, imported as ``pyrovae.guides``."""
+"""Variational posteriors as Pyro guides, imported as ``pyrovae.guides``.
+
+For latents shared by all data: ``MeanField``, ``FullRank``, ``FactorCovariance``, ``SparsePrecision``, ``Flow``,
+``ASVI``, ``PointEstimate`` and ``Laplace``, each ``Guide(model)`` for any Pyro model. For latents of each data point:
+the ``Amortized…`` guides of the packaged models, ``BottomUp`` and ``Ladder`` of several layers, and ``amortize`` for
+a model and an encoder of one's own; ``refine`` and ``Refined`` improve on the encoder's proposal.
+"""
 
 from __future__ import annotations
 
-from pyrovae.guides.amortized import AmortizedBernoulli, AmortizedNormal
+from pyrovae.guides.amortized import (
+    AmortizedBernoulli,
+    AmortizedFactorCovariance,
+    AmortizedFlow,
+    AmortizedFullRank,
+    AmortizedNormal,
+)
+from pyrovae.guides.coordinate_ascent import (
+    GaussianMixturePosterior,
+    LinearRegressionPosterior,
+    coordinate_ascent,
+)
+from pyrovae.guides.flows import Flow
+from pyrovae.guides.gaussian import FactorCovariance, FullRank, MeanField
+from pyrovae.guides.hierarchical import BottomUp, Ladder
+from pyrovae.guides.own_model import AmortizedModel, amortize
+from pyrovae.guides.point import GaussianAtMode, Laplace, PointEstimate, WithoutPrior
+from pyrovae.guides.refinement import Refined, Refinement, refine
+from pyrovae.guides.sparse import SparsePrecision
+from pyrovae.guides.spherical import AmortizedVonMisesFisher
+from pyrovae.guides.structured import ASVI
 
-__all__ = ["AmortizedBernoulli", "AmortizedNormal"]
+__all__ = [
+    "ASVI",
+    "AmortizedBernoulli",
+    "AmortizedFactorCovariance",
+    "AmortizedFlow",
+    "AmortizedFullRank",
+    "AmortizedModel",
+    "AmortizedNormal",
+    "AmortizedVonMisesFisher",
+    "BottomUp",
+    "FactorCovariance",
+    "Flow",
+    "FullRank",
+    "GaussianAtMode",
+    "GaussianMixturePosterior",
+    "Ladder",
+    "Laplace",
+    "LinearRegressionPosterior",
+    "MeanField",
+    "PointEstimate",
+    "Refined",
+    "Refinement",
+    "SparsePrecision",
+    "WithoutPrior",
+    "amortize",
+    "coordinate_ascent",
+    "refine",
+]

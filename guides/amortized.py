@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pyro
 import pyro.distributions as dist
+from pyro.distributions import constraints
 from pyro.nn import PyroModule
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, DataError
+from pyrovae.guides.families import BernoulliVector, DiagonalNormal, FactorNormal, Family, FlowNormal, FullRankNormal
 from pyrovae.models.networks import ConvEncoder, full_precision, mlp
+from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES
 
-__all__ = ["AmortizedBernoulli", "AmortizedNormal"]
-
-_LOG_SCALE_LIMIT = 10.0  # exp(±10): far outside any useful posterior, near enough to keep a first step finite
+__all__ = ["AmortizedBernoulli", "AmortizedFactorCovariance", "AmortizedFlow", "AmortizedFullRank", "AmortizedNormal"]
 
 
 class LatentModel(Protocol):
@@ -33,8 +35,75 @@ class LatentModel(Protocol):
     image_shape: tuple[int, int, int]
 
 
+class Encoded(PyroModule):
+    """What amortized guides of one latent vector share: the encoder, and the statement that samples the latent.
+
+    ``propose(x)`` gives the numbers that describe the posterior, ``posterior(raw)`` the distribution that they
+    describe, ``encode(x)`` is one after the other.
+
+    Args:
+        model: the model, of which it reads ``data_shape``, ``latent_dim`` and, for what is not given here, the network.
+        family: makes the posterior family of a vector of ``latent_dim`` numbers.
+        hidden: widths of the encoder's hidden layers; ``None`` mirrors the model's.
+        activation: name of the activation; ``None`` takes the model's.
+    """
+
+    spherical = False  # whether the latent is a direction, a point of a sphere
+
+    def __init__(
+        self,
+        model: LatentModel,
+        family: Callable[[int], Family],
+        hidden: Sequence[int] | None,
+        activation: str | None,
+    ) -> None:
+        super().__init__()
+        require(self, model, "latent_dim", "network")
+        prior = model.prior() if hasattr(model, "prior") else None
+        on_sphere = getattr(prior, "support", None) is constraints.sphere
+        if on_sphere != self.spherical:
+            where, other = ("on a sphere", "AmortizedVonMisesFisher") if on_sphere else ("real", "AmortizedNormal")
+            raise ArgumentError(
+                f"guide {type(self).__name__} does not fit model {type(model).__name__}, whose latent is {where}. Use"
+                f" another guide ({other}), or another model (VAE for real latents, SphericalVAE for directions)."
+            )
+        hidden = tuple(reversed(model.hidden)) if hidden is None else tuple(hidden)
+        activation = activation or model.activation
+        self.data_shape = model.data_shape
+        self.latent_dim = model.latent_dim
+        self.family = family(self.latent_dim)
+        if model.network == "conv":
+            self.image_shape: tuple[int, ...] = model.image_shape
+            channels = tuple(reversed(model.channels))
+            self.encoder: nn.Module = ConvEncoder(model.image_shape, channels, hidden, self.family.outputs, activation)
+        else:
+            self.image_shape = (math.prod(self.data_shape),)
+            self.encoder = mlp(math.prod(self.data_shape), hidden, self.family.outputs, activation)
+
+    def propose(self, x: Tensor) -> Tensor:
+        """The numbers that describe q(z | x), `*batch x outputs`, for `*batch x *data_shape` data."""
+        return full_precision(self.encoder(reshaped(x, self.data_shape, self.image_shape)))
+
+    def posterior(self, raw: Tensor) -> dist.TorchDistribution:
+        """The distribution that `*batch x outputs` numbers describe: batch shape `*batch`, event (latent_dim,)."""
+        return self.family(raw)
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) for `*batch x *data_shape` data: batch shape `*batch`, event shape (latent_dim,)."""
+        return self.posterior(self.propose(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Samples z for a batch `n x *data_shape`; returns `n x latent_dim` (particles to the left)."""
+        return self.sample(self.encode(x))
+
+    def sample(self, q: dist.TorchDistribution) -> Tensor:
+        """The guide's sample statement, given the posterior of a batch of n data points."""
+        with pyro.plate("data", q.batch_shape[-1], device=device_of(self)):
+            return pyro.sample("z", q)
+
+
 @GUIDES.register
-class AmortizedNormal(PyroModule):
+class AmortizedNormal(Encoded):
     r"""Diagonal Gaussian posterior whose mean and scale an encoder computes from the data point.
 
     .. math:: q_\phi(z \mid x) = \mathcal{N}(\mu_\phi(x), \mathrm{diag}\,\sigma_\phi^2(x))
@@ -61,38 +130,121 @@ class AmortizedNormal(PyroModule):
     """
 
     def __init__(self, model: LatentModel, hidden: Sequence[int] | None = None, activation: str | None = None) -> None:
-        super().__init__()
-        _require(self, model, "latent_dim", "network")
-        hidden = tuple(reversed(model.hidden)) if hidden is None else tuple(hidden)
-        activation = activation or model.activation
-        self.data_shape = model.data_shape
-        self.latent_dim = model.latent_dim
-        if model.network == "conv":
-            self.image_shape: tuple[int, ...] = model.image_shape
-            channels = tuple(reversed(model.channels))
-            self.encoder: nn.Module = ConvEncoder(model.image_shape, channels, hidden, 2 * self.latent_dim, activation)
-        else:
-            self.image_shape = (math.prod(self.data_shape),)
-            self.encoder = mlp(math.prod(self.data_shape), hidden, 2 * self.latent_dim, activation)
-
-    def encode(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x) for `*batch x *data_shape` data: batch shape `*batch`, event shape (latent_dim,)."""
-        out = full_precision(self.encoder(_reshaped(x, self.data_shape, self.image_shape)))
-        loc, log_scale = out.chunk(2, dim=-1)
-        return dist.Normal(loc, log_scale.clamp(-_LOG_SCALE_LIMIT, _LOG_SCALE_LIMIT).exp()).to_event(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Samples z for a batch `n x *data_shape`; returns `n x latent_dim` (particles to the left)."""
-        return self.sample(self.encode(x))
-
-    def sample(self, q: dist.TorchDistribution) -> Tensor:
-        """The guide's sample statement, given the posterior of a batch of n data points."""
-        with pyro.plate("data", q.batch_shape[-1], device=q.mean.device):
-            return pyro.sample("z", q)
+        super().__init__(model, DiagonalNormal, hidden, activation)
 
 
-class BinaryModel(Protocol):
-    """What an amortized guide of binary layers reads from a model."""
+@GUIDES.register
+class AmortizedFullRank(Encoded):
+    r"""Gaussian posterior with any covariance, whose mean and Cholesky factor an encoder computes from the data point.
+
+    .. math:: q_\phi(z \mid x) = \mathcal{N}(\mu_\phi(x), L_\phi(x) L_\phi(x)^\top)
+
+    Args:
+        model: as for :class:`AmortizedNormal`.
+        hidden: widths of the encoder's hidden layers, from the data to the latent; ``None`` mirrors the model's.
+        activation: name of the activation; ``None`` takes the model's.
+
+    Raises:
+        ArgumentError: the model is of another kind, or an argument is out of range.
+
+    References:
+        Kingma & Welling 2019, section 2.5.1, https://arxiv.org/abs/1906.02691.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.models import VAE
+        >>> guide = AmortizedFullRank(VAE(data_shape=(8, 8), latent_dim=2, hidden=(32,)))
+        >>> guide.encode(torch.zeros(5, 8, 8)).covariance_matrix.shape
+        torch.Size([5, 2, 2])
+    """
+
+    def __init__(self, model: LatentModel, hidden: Sequence[int] | None = None, activation: str | None = None) -> None:
+        super().__init__(model, FullRankNormal, hidden, activation)
+
+
+@GUIDES.register
+class AmortizedFactorCovariance(Encoded):
+    r"""Gaussian posterior with a factor covariance, all of which an encoder computes from the data point.
+
+    .. math:: q_\phi(z \mid x) = \mathcal{N}(\mu_\phi(x), B_\phi(x) B_\phi(x)^\top + \mathrm{diag}\,\sigma_\phi^2(x))
+
+    Args:
+        model: as for :class:`AmortizedNormal`.
+        rank: number of factors, the columns of B.
+        hidden: widths of the encoder's hidden layers, from the data to the latent; ``None`` mirrors the model's.
+        activation: name of the activation; ``None`` takes the model's.
+
+    Raises:
+        ArgumentError: the model is of another kind, or an argument is out of range.
+
+    References:
+        Rezende et al. 2014, section 4.3 (rank 1), https://arxiv.org/abs/1401.4082; Ong et al. 2018,
+        https://arxiv.org/abs/1701.03208.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.models import VAE
+        >>> guide = AmortizedFactorCovariance(VAE(data_shape=(8, 8), latent_dim=5, hidden=(32,)), rank=2)
+        >>> guide.encode(torch.zeros(5, 8, 8)).event_shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        rank: int = 2,
+        hidden: Sequence[int] | None = None,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(model, lambda dim: FactorNormal(dim, rank), hidden, activation)
+
+
+@GUIDES.register
+class AmortizedFlow(Encoded):
+    r"""Posterior by a flow on a diagonal Gaussian; an encoder computes the Gaussian and the flow's context.
+
+    .. math:: z = f_\phi(z_0 \mid c_\phi(x)), \qquad z_0 \sim \mathcal{N}(\mu_\phi(x), \mathrm{diag}\,\sigma_\phi^2(x))
+
+    A flow without an inverse (planar, radial) or with a sequential one (IAF) needs ``gradient="pathwise"``.
+
+    Args:
+        model: as for :class:`AmortizedNormal`.
+        flow: name of a flow of ``pyrovae.flows``: ``"planar"``, ``"radial"``, ``"householder"``, ``"sylvester"``,
+            ``"iaf"``, ``"maf"``, ``"coupling"``, ``"spline"``.
+        depth: number of layers of the flow.
+        context: number of features by which the data point steers the flow.
+        hidden: widths of the encoder's hidden layers, from the data to the latent; ``None`` mirrors the model's.
+        activation: name of the activation; ``None`` takes the model's.
+
+    Raises:
+        ArgumentError: the model is of another kind, or an argument is unknown or out of range.
+
+    References:
+        Rezende & Mohamed 2015, https://arxiv.org/abs/1505.05770; van den Berg et al. 2018,
+        https://arxiv.org/abs/1803.05649.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.models import VAE
+        >>> guide = AmortizedFlow(VAE(data_shape=(8, 8), latent_dim=3, hidden=(32,)), flow="planar", depth=2)
+        >>> guide(torch.zeros(5, 8, 8)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        flow: str = "iaf",
+        depth: int = 4,
+        context: int = 64,
+        hidden: Sequence[int] | None = None,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(model, lambda dim: FlowNormal(dim, flow, depth, context), hidden, activation)
+
+
+class LayeredModel(Protocol):
+    """What an amortized guide of several layers of latents reads from a model."""
 
     data_shape: tuple[int, ...]
     layers: tuple[int, ...]
@@ -100,8 +252,61 @@ class BinaryModel(Protocol):
     activation: str
 
 
+class EncodedLayers(PyroModule):
+    """What guides share that draw layers of latents upwards, each from the layer below it.
+
+    Args:
+        model: the model, of which it reads ``data_shape``, ``layers`` and, for what is not given here, the networks.
+        family: makes the posterior family of a layer from its width.
+        hidden: widths of each encoder's hidden layers; ``None`` mirrors the model's.
+        activation: name of the activation; ``None`` takes the model's.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        family: Callable[[int], Family],
+        hidden: Sequence[int] | None,
+        activation: str | None,
+    ) -> None:
+        super().__init__()
+        require(self, model, "layers")
+        hidden = tuple(reversed(model.hidden)) if hidden is None else tuple(hidden)
+        self.data_shape = model.data_shape
+        families = [family(width) for width in model.layers]
+        self.families = nn.ModuleList(families)
+        widths = (math.prod(self.data_shape), *model.layers)
+        self.encoders = nn.ModuleList(
+            mlp(below, hidden, above.outputs, activation or model.activation)
+            for below, above in zip(widths[:-1], families, strict=True)
+        )
+
+    def inputs(self, units: Tensor) -> Tensor:
+        """What an encoder sees of the layer below it."""
+        return units
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z_1 | x) for `*batch x *data_shape` data: batch shape `*batch`, event shape (layers[0],)."""
+        return self._above(0, reshaped(x, self.data_shape, (-1,)))
+
+    def _above(self, layer: int, units: Tensor) -> dist.TorchDistribution:
+        return self.families[layer](full_precision(self.encoders[layer](self.inputs(units))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Samples all layers for a batch `n x *data_shape`; returns the top one, `n x layers[-1]`."""
+        return self.sample(self.encode(x))
+
+    def sample(self, q: dist.TorchDistribution) -> Tensor:
+        """The guide's sample statements, given the posterior of the first layer for n data points."""
+        with pyro.plate("data", q.batch_shape[-1], device=device_of(self)):
+            z = pyro.sample("z1", q)
+            for layer in range(1, len(self.encoders)):
+                z = pyro.sample(f"z{layer + 1}", self._above(layer, z))
+            return z
+
+
 @GUIDES.register
-class AmortizedBernoulli(PyroModule):
+class AmortizedBernoulli(EncodedLayers):
     r"""Posterior of layers of binary units, each computed by an encoder from the layer below it.
 
     .. math:: q_\phi(z \mid x) = \prod_{\ell=1}^{L} \mathrm{Bern}(z_\ell \mid \sigma(f_\ell(2 z_{\ell-1} - 1))),
@@ -133,43 +338,23 @@ class AmortizedBernoulli(PyroModule):
         torch.Size([5, 10])
     """
 
-    def __init__(self, model: BinaryModel, hidden: Sequence[int] | None = None, activation: str | None = None) -> None:
-        super().__init__()
-        _require(self, model, "layers")
-        hidden = tuple(reversed(model.hidden)) if hidden is None else tuple(hidden)
-        self.data_shape = model.data_shape
-        widths = (math.prod(self.data_shape), *model.layers)
-        self.encoders = nn.ModuleList(
-            mlp(below, hidden, above, activation or model.activation) for below, above in itertools.pairwise(widths)
-        )
+    def __init__(self, model: LayeredModel, hidden: Sequence[int] | None = None, activation: str | None = None) -> None:
+        super().__init__(model, BernoulliVector, hidden, activation)
 
-    def encode(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z_1 | x) for `*batch x *data_shape` data: batch shape `*batch`, event shape (layers[0],)."""
-        return self._above(0, _reshaped(x, self.data_shape, (-1,)))
-
-    def _above(self, layer: int, units: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=full_precision(self.encoders[layer](2.0 * units - 1.0))).to_event(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Samples all layers for a batch `n x *data_shape`; returns the top one, `n x layers[-1]`."""
-        return self.sample(self.encode(x))
-
-    def sample(self, q: dist.TorchDistribution) -> Tensor:
-        """The guide's sample statements, given the posterior of the first layer for n data points."""
-        with pyro.plate("data", q.batch_shape[-1], device=q.mean.device):
-            z = pyro.sample("z1", q)
-            for layer in range(1, len(self.encoders)):
-                z = pyro.sample(f"z{layer + 1}", self._above(layer, z))
-            return z
+    def inputs(self, units: Tensor) -> Tensor:
+        """Units as −1 and 1."""
+        return 2.0 * units - 1.0
 
 
 _LATENTS = {
-    "AmortizedNormal": "one real latent vector, as VAE",
+    "AmortizedNormal": "one real latent vector, as VAE (and so do AmortizedFullRank, AmortizedFactorCovariance and"
+    " AmortizedFlow)",
     "AmortizedBernoulli": "layers of binary units, as SigmoidBeliefNet",
+    "BottomUp": "layers of real latents and below(layer, z) for their conditionals (and so does Ladder)",
 }
 
 
-def _require(guide: object, model: object, *attributes: str) -> None:
+def require(guide: object, model: object, *attributes: str) -> None:
     """Raises an error unless the model has what tells the guide's kind of model from others."""
     for attribute in attributes:
         if not hasattr(model, attribute):
@@ -180,7 +365,7 @@ def _require(guide: object, model: object, *attributes: str) -> None:
             )
 
 
-def _reshaped(x: Tensor, data_shape: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+def reshaped(x: Tensor, data_shape: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """Data `*batch x *data_shape` as `*batch x *shape`, for an encoder."""
     batch = x.shape[: x.dim() - len(data_shape)]
     if tuple(x.shape[len(batch) :]) != data_shape:
@@ -189,3 +374,8 @@ def _reshaped(x: Tensor, data_shape: tuple[int, ...], shape: tuple[int, ...]) ->
             " Reshape the data, or build model and guide with their data_shape."
         )
     return x.reshape(*batch, *shape)
+
+
+def replayed() -> bool:
+    """Whether the running program is given its samples, as an objective does that scores draws it has made before."""
+    return any(isinstance(handler, ReplayMessenger) for handler in _PYRO_STACK)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from pyrovae import datasets, evaluation, guides, models, plots
+from pyrovae import datasets, distributions, evaluation, flows, guides, models, plots
 from pyrovae.objectives import (
     ELBO,
     IWAE,
@@ -45,8 +45,10 @@ __all__ = [
     "Run",
     "WakeSleep",
     "datasets",
+    "distributions",
     "evaluation",
     "fit",
+    "flows",
     "guides",
     "load",
     "log_weights",

@@ -1,15 +1,31 @@
-"""How good is a fit: log-likelihoods, importance diagnostics, use of the latent space."""
+"""How good is a fit: log-likelihoods, importance diagnostics, gaps, calibration, guides compared, use of latents."""
 
 from __future__ import annotations
 
+from pyrovae.evaluation.calibration import SBC, posterior_samples, sbc
+from pyrovae.evaluation.compare import GuideComparison, GuideRow, compare_guides
+from pyrovae.evaluation.gaps import Gaps, gaps, local_parameters
+from pyrovae.evaluation.importance import PSIS, pareto_smooth, psis
 from pyrovae.evaluation.latents import ActiveUnits, active_units, kl_per_dimension
 from pyrovae.evaluation.likelihood import LogLikelihood, effective_sample_size, log_likelihood
 
 __all__ = [
+    "PSIS",
+    "SBC",
     "ActiveUnits",
+    "Gaps",
+    "GuideComparison",
+    "GuideRow",
     "LogLikelihood",
     "active_units",
+    "compare_guides",
     "effective_sample_size",
+    "gaps",
     "kl_per_dimension",
+    "local_parameters",
     "log_likelihood",
+    "pareto_smooth",
+    "posterior_samples",
+    "psis",
+    "sbc",
 ]

@@ -9,16 +9,21 @@ from __future__ import annotations
 from pyrovae.plots.curves import bound_parts, learning_curves
 from pyrovae.plots.images import image_grid
 from pyrovae.plots.latent import interpolation, manifold, reconstructions, samples
+from pyrovae.plots.posterior import contour_panels, ecdf_difference, posterior_contours, rank_histogram
 from pyrovae.plots.report import report
 from pyrovae.plots.scatter import latent_scatter
 
 __all__ = [
     "bound_parts",
+    "contour_panels",
+    "ecdf_difference",
     "image_grid",
     "interpolation",
     "latent_scatter",
     "learning_curves",
     "manifold",
+    "posterior_contours",
+    "rank_histogram",
     "reconstructions",
     "report",
     "samples",

@@ -41,7 +41,7 @@ def drop_known_comparisons(graph: GraphModule) -> None:
     known: dict[str, int] = {}
     for node in list(graph.graph.nodes):
         numbers[node] = _number(node, numbers, known, fresh)
-        if node.target is aten.eq.Tensor and _is_known(*node.args, numbers):
+        if node.target is aten.eq.Tensor and _is_known(node.args[0], node.args[1], numbers):
             value = node.meta["val"]
             with graph.graph.inserting_before(node):
                 options = {"dtype": torch.bool, "device": value.device}
@@ -63,7 +63,7 @@ def _number(node: Node, numbers: dict[Node, int], known: dict[str, int], fresh: 
     if node.target in _SAME_VALUES and node.meta["val"].shape == source.meta["val"].shape:
         return numbers[source]
     inputs = [numbers[each] for each in node.all_input_nodes]
-    plain = map_arg((node.args, node.kwargs), lambda each: inputs[node.all_input_nodes.index(each)])  # type: ignore[arg-type]
+    plain = map_arg((node.args, node.kwargs), lambda each: inputs[node.all_input_nodes.index(each)])
     return known.setdefault(f"{node.target} {plain} of {inputs}", next(fresh))
 
 

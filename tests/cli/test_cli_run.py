@@ -132,10 +132,11 @@ def test_evaluate_density_has_no_bits_per_dimension(tmp_path: Path) -> None:
 
 def test_guide_without_encode_is_evaluated_where_it_can(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyrovae.guides import AmortizedNormal
+    from pyrovae.guides.amortized import Encoded
 
     encode = AmortizedNormal.encode
     monkeypatch.setattr(AmortizedNormal, "forward", lambda self, x: self.sample(encode(self, x)))
-    monkeypatch.delattr(AmortizedNormal, "encode")
+    monkeypatch.delattr(Encoded, "encode")
     found = answer("evaluate", run_dir, "--particles", 5)
     assert math.isfinite(found["log_likelihood_nats"])
     assert (found["active_units"], found["kl_nats"]) == (None, None)

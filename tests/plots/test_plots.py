@@ -130,7 +130,8 @@ def _no_figure_is_left() -> Iterator[None]:
 
 
 def test_every_plot_is_under_contract() -> None:
-    assert set(DRAW) | {"report"} == set(plots.__all__)
+    elsewhere = {"contour_panels", "ecdf_difference", "posterior_contours", "rank_histogram"}  # test_posterior.py
+    assert set(DRAW) | {"report"} | elsewhere == set(plots.__all__)
 
 
 @pytest.mark.parametrize("name", DRAW)

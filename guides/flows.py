@@ -32,6 +32,10 @@ class Flow(AutoContinuous):
     put after the scales: :math:`u = \mu + f(\sigma \odot \epsilon)`, a Gaussian with correlations. Parameters do not
     depend on the data; local latents of a minibatch need an amortized guide.
 
+    A flow that starts much narrower than the posterior can stay there under sticking the landing, which ``"auto"``
+    takes for most flows: its gradient vanishes where guide and posterior agree up to a factor. A larger
+    ``init_scale``, or ``gradient="pathwise"``, avoids that (notebook 04 shows both).
+
     Args:
         model: any Pyro model, of which all latents are continuous and of fixed size.
         flow: ``"planar"``, ``"radial"``, ``"householder"``, ``"sylvester"``, ``"iaf"``, ``"maf"``, ``"coupling"`` or

@@ -194,7 +194,7 @@ def posterior_samples(guide: Program, *args: Any, draws: int = 1000) -> dict[str
         draws: number of draws.
 
     Returns:
-        The values of each sample site by name, `draws x *plates x *event`.
+        The values of each latent by name, `draws x *plates x *event`, without a guide's auxiliary sites.
 
     Example:
         >>> import pyro.distributions as dist
@@ -204,7 +204,7 @@ def posterior_samples(guide: Program, *args: Any, draws: int = 1000) -> dict[str
         >>> posterior_samples(guide, draws=10)["z"].shape
         torch.Size([10, 3, 2])
     """
-    with poutine.block():
+    with local_params(guide), poutine.block():
         sites = sample_sites(poutine.trace(guide).get_trace(*args))
         frames = [frame for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized]
         nesting = -min((frame.dim for frame in frames), default=0)
@@ -213,6 +213,7 @@ def posterior_samples(guide: Program, *args: Any, draws: int = 1000) -> dict[str
     return {
         name: site["value"].expand(site["fn"].shape()).reshape(draws, *sites[name]["value"].shape)
         for name, site in drawn.items()
+        if not site["infer"].get("is_auxiliary")
     }
 
 

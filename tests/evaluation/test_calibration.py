@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import PPCA
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 
 import pyrovae
 from pyrovae.errors import ArgumentError, ModelGuideError
@@ -232,3 +232,17 @@ def test_posteriors_of_another_kind_are_refused():
         sbc(lambda x: pyro.sample("z", dist.Normal(x, 1.0)), posterior(), x)
     with pytest.raises(ArgumentError, match="coverage is 1.5"):
         rank_histograms(50, 1).envelope(1.5)
+
+
+def test_posterior_samples_are_of_the_guide_that_is_given() -> None:
+    """Two guides of one class have parameters of the same names, and a joint one an auxiliary site."""
+
+    def model() -> None:
+        pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
+
+    guides = [AutoMultivariateNormal(model, init_loc_fn=init_to_value(values=dict.fromkeys("ab", torch.tensor(value))))
+              for value in (-5.0, 5.0)]  # fmt: skip
+    drawn = [posterior_samples(guide, draws=20) for guide in guides]
+    assert [set(each) for each in drawn] == [{"a", "b"}] * 2
+    assert float(drawn[0]["a"].max()) < 0 < float(drawn[1]["a"].min())

@@ -139,3 +139,14 @@ def test_help_teaches():
     wrong = subprocess.run([*command, "--workload", "nope"], capture_output=True, text=True, cwd=ROOT)
     assert wrong.returncode == 2
     assert "invalid choice: 'nope'" in wrong.stderr
+
+
+def test_compile_times_alone_leave_the_other_figures(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "speed.json"
+    file.write_text(json.dumps({"workloads": {"tiny": {"ratio": {"pyro": 3.0}}}, "compile_seconds": {"old": {}}}))
+    monkeypatch.setattr(speed, "compile_seconds", lambda name, device, threads: {"cold": 16.0, "warm": 2.0})
+    speed.main(["--compile-times", "--workload", "tiny", "schools", "--json", str(file), "--device", "cpu"])
+    written = json.loads(file.read_text())
+    assert written["workloads"] == {"tiny": {"ratio": {"pyro": 3.0}}}
+    assert written["compile_seconds"] == {name: {"cold": 16.0, "warm": 2.0} for name in ("tiny", "schools")}
+    assert "16.0!" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import time
@@ -49,7 +50,7 @@ class Learning:
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.optimizers = list(optimizers)
         self._groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._seen = self.rates()
+        self._seen = _rates(self._groups)
         self._rates = [
             torch.tensor(rate, dtype=group["params"][0].dtype, device=group["params"][0].device)
             for rate, group in zip(self._seen, self._groups, strict=True)
@@ -79,13 +80,13 @@ class Learning:
 
     def ahead(self, schedule: LRScheduler, steps: int) -> list[list[float]]:
         """The rates of the next steps, through which it takes the schedule: one for each, or one for all."""
-        rows = [self.rates()]
+        rows = [_rates(self._groups)]
         if isinstance(schedule, Constant):
             schedule.step(steps=steps)
         else:
             for _ in range(steps):
                 schedule.step()
-                rows.append(self.rates())
+                rows.append(_rates(self._groups))
             rows.pop()
         self._seen = rows[-1]
         return rows
@@ -94,10 +95,6 @@ class Learning:
         """Takes over the rates of one step; may be traced."""
         for rate, value in zip(self._rates, rates, strict=True):
             rate.copy_(value)
-
-    def rates(self) -> list[float]:
-        """The learning rate of each group."""
-        return [float(group["lr"]) for group in self._groups]
 
     @contextlib.contextmanager
     def traceable(self) -> Iterator[None]:
@@ -114,6 +111,11 @@ class Learning:
             torch.compiler._is_compiling_flag = flag
             for group, values in zip(self._groups, before, strict=True):
                 group.update(values)
+
+
+def _rates(groups: Iterable[dict[str, Any]]) -> list[float]:
+    """The learning rate of each group of an optimizer."""
+    return [float(group["lr"]) for group in groups]
 
 
 def check_compile(compile: Any) -> None:
@@ -269,7 +271,6 @@ class CompiledStep(EagerStep):
         self.validates_compiled = False
         self._validation_seconds, self._validation_size = 0.0, 0
         self.chosen: list[Key] = []  # shapes that are compiled, now or as soon as they come
-        self._learning: Learning | None = None
         self._tracing = False
         self._times: dict[Key, list[float]] = {}
         self._feed: _Feed | None = None
@@ -288,7 +289,6 @@ class CompiledStep(EagerStep):
             super().__call__(batch)
             self._times.setdefault(key, []).append(time.perf_counter() - start)
             return
-        assert self._learning is not None
         self._learning.follow()
         graph(*batch)
         self.calls += 1
@@ -303,9 +303,8 @@ class CompiledStep(EagerStep):
         key = batches.key
         if not self._is_wanted(key):
             return 0
-        self._learning = self._learning or Learning([self.optimizer])
         if self._feed is None or self._feed.batches is not batches:
-            self._feed = _Feed(batches, self._learning.rates())
+            self._feed = _Feed(batches, _rates(self.optimizer.param_groups))
         feed = self._feed
         feed.go_to(epoch, done)
         shapes = [shape for shape, _ in key]
@@ -354,7 +353,6 @@ class CompiledStep(EagerStep):
         """The optimizer's update; in a graph, :meth:`_function` sees to the bad ones."""
         if not self._tracing:
             return super().apply(bad, batch, loss)
-        assert self._learning is not None
         self.bad |= bad
         with self._learning.traceable():
             self.optimizer.step()
@@ -365,6 +363,11 @@ class CompiledStep(EagerStep):
         if self.graphs.failed or not self._has_state() or not self._is_wanted(key):
             return None
         return self.graphs.get((key, self._numbers), self._function, batch, self._state)
+
+    @functools.cached_property
+    def _learning(self) -> Learning:
+        """The optimizer as a graph takes it; asked for when its state exists, and where an error lets a fit go on."""
+        return Learning([self.optimizer])
 
     def _has_state(self) -> bool:
         """Whether the optimizer's state exists: after a step, or when a fit goes on that had compiled some."""
@@ -379,7 +382,6 @@ class CompiledStep(EagerStep):
     def _next(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The step on the next minibatch of the feed, as it is traced."""
         assert self._feed is not None
-        assert self._learning is not None
         rates, batch = self._feed.next(*tensors)
         self._learning.take(rates)
         return self._function(*batch)
@@ -401,13 +403,11 @@ class CompiledStep(EagerStep):
 
     def _changing(self) -> list[Tensor]:
         """What a good update changes."""
-        assert self._learning is not None
         buffers, kept = buffers_of(self.model, self.guide), objective_state(self.objective)
         return [*self.parameters.values(), *self._learning.tensors(), *buffers, *kept]
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step updates."""
-        self._learning = self._learning or Learning([self.optimizer])
         place = [self._feed.place] if self._feed is not None else []
         return [*self._changing(), self.bad, self.updates, self.sums, *place]
 

@@ -58,6 +58,8 @@ class Native:
         from torch._inductor.codecache import CppCodeCache
 
         class Library(CppCodeCache):
+            """Inductor's compiler and cache, with torch's headers and libraries at hand."""
+
             cache: dict[str, Any] = {}  # noqa: RUF012 - the base class's
             cpp_compile_command_flags = {"include_pytorch": True, "shared": True}  # noqa: RUF012
 

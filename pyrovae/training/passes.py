@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -39,18 +40,19 @@ def drop_known_comparisons(graph: GraphModule) -> None:
     fresh = itertools.count()
     numbers: dict[Node, int] = {}
     known: dict[str, int] = {}
+    views: dict[Node, list[Node]] = {}  # of the memory of a node
     for node in list(graph.graph.nodes):
         numbers[node] = _number(node, numbers, known, fresh)
+        views.setdefault(_base(node), []).append(node)
         if node.target is aten.eq.Tensor and _is_known(node.args[0], node.args[1], numbers):
             value = node.meta["val"]
             with graph.graph.inserting_before(node):
                 options = {"dtype": torch.bool, "device": value.device}
                 true = graph.graph.call_function(aten.full.default, (list(value.shape), True), options)
-            true.meta["val"], numbers[true] = value, next(fresh)
+            true.meta["val"], numbers[true], views[true] = value, next(fresh), [true]
             _replace(node, true)
-        elif _schema(node) is not None and _schema(node).is_mutable:
-            base = _base(node.args[0])
-            numbers.update({other: next(fresh) for other in numbers if _base(other) is base})
+        for changed in _written(node):
+            numbers.update((view, next(fresh)) for view in views[_base(changed)])
     graph.recompile()
 
 
@@ -83,13 +85,28 @@ def _schema(node: Any) -> Any:
     return node.target._schema if isinstance(getattr(node, "target", None), torch._ops.OpOverload) else None
 
 
-def _base(node: Any) -> Any:
-    """The node whose memory a view shows."""
+def _written(node: Node) -> list[Node]:
+    """The nodes that an operator updates in place, those in lists too."""
     schema = _schema(node)
-    while schema is not None and any(given.alias_info is not None for given in schema.returns):
+    found: list[Node] = []
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            map_arg(given, found.append)
+    return found
+
+
+def _base(node: Any) -> Any:
+    """The node whose memory a view shows, alone or as one of several."""
+    while _is_view(node):
         node = node.args[0]
-        schema = _schema(node)
     return node
+
+
+def _is_view(node: Any) -> bool:
+    schema = _schema(node)
+    aliases = schema is not None and any(given.alias_info is not None for given in schema.returns)
+    return aliases or node.target is operator.getitem
 
 
 def use_library(graph: GraphModule, library: Native) -> None:

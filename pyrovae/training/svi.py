@@ -175,7 +175,7 @@ class SVI(pyro.infer.SVI):
 
     def _record(self, call: _Call) -> _Record | None:
         """The graph that writes down its losses, for such arguments; ``None`` where the next step is an eager one."""
-        if not self.compile or self._learning is None or not self._current():
+        if not self.compile or self._graphs.failed or self._learning is None or not self._current():
             return None
         key = ("steps", call.key, self._numbers())
         if key not in self._records:

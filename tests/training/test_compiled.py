@@ -287,6 +287,26 @@ def test_what_tracing_would_freeze_is_named_and_runs_eagerly(model: Any, said: s
         assert_identical(parameters(eager), parameters(fallen))
 
 
+class Decaying(torch.optim.SGD):
+    """Counts its steps in Python, as older optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["steps"] = state.get("steps", 0) + 1
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=group["lr"] / state["steps"])
+
+
+def test_an_optimizer_that_counts_in_python_is_named_and_runs_eagerly() -> None:
+    eager = fit(*vae(), binary(), compile=False, optimizer=Decaying)
+    with pytest.warns(UserWarning, match="(?s)runs eagerly, it cannot be compiled.*Decaying keeps steps") as caught:
+        fallen = fit(*vae(), binary(), compile=True, optimizer=Decaying)
+    assert len(caught) == 1
+    assert_identical(parameters(eager), parameters(fallen))
+
+
 def test_without_a_compiler_the_fit_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any) -> Any:
         raise RuntimeError("No working C++ compiler found")

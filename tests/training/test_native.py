@@ -196,4 +196,16 @@ def test_a_tensor_that_is_updated_in_between_is_compared() -> None:
         view.add_(1.0)
         return before == x.exp()
 
+    def together(x: Tensor) -> Tensor:
+        before = x.exp()
+        torch._foreach_add_([x], 1.0)
+        return before == x.exp()
+
+    def part(x: Tensor) -> Tensor:
+        before = x.exp()
+        x.split(2)[0].add_(1.0)
+        return before == x.exp()
+
     assert compares(function, torch.randn(3))
+    assert compares(part, torch.randn(3))
+    assert compares(together, torch.randn(3))

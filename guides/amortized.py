@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -215,6 +215,8 @@ class AmortizedFlow(Encoded):
         context: number of features by which the data point steers the flow.
         hidden: widths of the encoder's hidden layers, from the data to the latent; ``None`` mirrors the model's.
         activation: name of the activation; ``None`` takes the model's.
+        options: arguments of the flow's class, such as ``{"hidden": (320,)}`` for the widths of an autoregressive
+            network; see :mod:`pyrovae.flows`.
 
     Raises:
         ArgumentError: the model is of another kind, or an argument is unknown or out of range.
@@ -239,8 +241,9 @@ class AmortizedFlow(Encoded):
         context: int = 64,
         hidden: Sequence[int] | None = None,
         activation: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, lambda dim: FlowNormal(dim, flow, depth, context), hidden, activation)
+        super().__init__(model, lambda dim: FlowNormal(dim, flow, depth, context, options), hidden, activation)
 
 
 class LayeredModel(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -152,6 +152,7 @@ class FlowNormal(Family):
             direction is from the base to the latent.
         depth: number of layers of a flow given by name.
         context: number of context features c.
+        options: arguments of the class of a flow given by name, such as ``{"hidden": (320,)}``.
 
     Raises:
         ArgumentError: an argument is unknown or out of range.
@@ -168,7 +169,14 @@ class FlowNormal(Family):
         torch.Size([5, 3])
     """
 
-    def __init__(self, dim: int, flow: str | nn.Module = "iaf", depth: int = 4, context: int = 64) -> None:
+    def __init__(
+        self,
+        dim: int,
+        flow: str | nn.Module = "iaf",
+        depth: int = 4,
+        context: int = 64,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         _whole("depth", depth)
         _whole("context", context)
         super().__init__(dim, 2 * dim + context)
@@ -176,7 +184,7 @@ class FlowNormal(Family):
         if isinstance(flow, str):
             from pyrovae import flows  # it loads zuko, which only this family needs
 
-            flow = flows.stack(flow, dim, depth, context=context)
+            flow = flows.stack(flow, dim, depth, context=context, **(options or {}))
         elif not isinstance(flow, nn.Module):
             raise ArgumentError(
                 f"flow is {flow!r}; it must be the name of a flow, or a module from a context to a transform"

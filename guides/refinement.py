@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyrovae.errors import ArgumentError, ModelGuideError
-from pyrovae.evaluation.likelihood import asking
+from pyrovae.evaluation.likelihood import asking, mean_error
 from pyrovae.guides.amortized import replayed
 from pyrovae.structure import Program, check
 from pyrovae.weights import log_weights
@@ -56,10 +56,10 @@ class Refinement:
     standard_error: Tensor
 
     def __repr__(self) -> str:
-        gain, error = (self.after - self.before).mean(), self.standard_error.square().sum().sqrt() / len(self.after)
+        gain = (self.after - self.before).mean()
         return (
             f"Refinement(ELBO {self.before.mean():.3f} -> {self.after.mean():.3f} nats per data point, gain"
-            f" {gain:.3f} ± {error:.3f}, {len(self.after)} data points)"
+            f" {gain:.3f} ± {mean_error(self.standard_error):.3f}, {len(self.after)} data points)"
         )
 
 

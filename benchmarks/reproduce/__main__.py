@@ -45,16 +45,18 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     recipe = RECIPES[options.recipe]
-    print(f"{recipe.about}\n  {recipe.note}\n  paper ({recipe.source}): {recipe.paper:.2f} nats per data point")
+    named = {"nll": "NLL", "negative_elbo": "negative ELBO"}[recipe.figure]
+    print(f"{recipe.about}\n  {recipe.note}\n  paper ({recipe.source}): {named} {recipe.paper:.2f} nats per data point")
     print(
-        f"  ours (K = {options.particles}, seed {options.seed}): {result.nll:.2f} ± {result.nll_error:.2f} nats per"
-        f" data point, {result.active_units} active units, epoch {result.epoch}; fit {result.fit_seconds / 60:.1f} min,"
+        f"  ours (K = {options.particles}, seed {options.seed}): NLL {result.nll:.2f} ± {result.nll_error:.2f},"
+        f" negative ELBO {result.negative_elbo:.2f} ± {result.negative_elbo_error:.2f} nats per data point;"
+        f" {result.active_units} active units, epoch {result.epoch}; fit {result.fit_seconds / 60:.1f} min,"
         f" evaluation {result.evaluation_seconds / 60:.1f} min"
     )
     RESULTS.mkdir(exist_ok=True)
     figures = {
         "recipe": options.recipe,
-        "paper_nll_nats": recipe.paper,
+        f"paper_{recipe.figure}_nats": recipe.paper,
         "seed": options.seed,
         "particles": options.particles,
         **dataclasses.asdict(result),

@@ -51,6 +51,8 @@ def measure(
         "seed": seed,
         "log_likelihood_nats": found.mean,
         "standard_error_nats": found.mean_error,
+        "elbo_nats": found.mean_elbo,
+        "elbo_error_nats": found.mean_elbo_error,
         "bits_per_dimension": bits if getattr(support, "is_discrete", False) else None,
         "median_effective_sample_size": float(found.effective_sample_size.median()),
         "active_units": evaluation.active_units(run.guide, split).count if encodes else None,
@@ -72,15 +74,14 @@ def _kl(run: Run, split: Split) -> float | None:
 
 def as_rows(found: Measures, split: str) -> list[tuple[str, str]]:
     """The measures for a reader, with units; what does not apply is left out."""
-    error = found["standard_error_nats"]
-    spread = f" ± {error:.2g} (Monte Carlo standard error)" if math.isfinite(error) else ""
     size = f"{found['median_effective_sample_size']:,.0f} of {found['particles']:,} particles (median)"
     rows = [
-        (f"{split} log-likelihood", f"{found['log_likelihood_nats']:.3f} nats per data point{spread}"),
+        (f"{split} log-likelihood", _with_error(found, "log_likelihood_nats", "standard_error_nats")),
+        ("evidence lower bound", _with_error(found, "elbo_nats", "elbo_error_nats")),
         ("effective sample size", size),
     ]
     if found["bits_per_dimension"] is not None:
-        rows.insert(1, ("bits per dimension", f"{found['bits_per_dimension']:.4f}"))
+        rows.insert(2, ("bits per dimension", f"{found['bits_per_dimension']:.4f}"))
     if found["active_units"] is not None:
         rows.append(("active units", f"{found['active_units']} of {found['latent_dim']} latent dimensions"))
     if found["kl_nats"] is not None:
@@ -88,11 +89,17 @@ def as_rows(found: Measures, split: str) -> list[tuple[str, str]]:
     return rows
 
 
+def _with_error(found: Measures, value: str, error: str) -> str:
+    spread = f" ± {found[error]:.2g} (Monte Carlo standard error)" if math.isfinite(found[error]) else ""
+    return f"{found[value]:.3f} nats per data point{spread}"
+
+
 def as_metrics(found: Measures, split: str) -> dict[str, object]:
     """The measures as headlines of a report, each name with its unit."""
     named = {
         f"{split} log-likelihood, nats per data point ({found['particles']:,} particles)": "log_likelihood_nats",
         "Monte Carlo standard error, nats": "standard_error_nats",
+        "evidence lower bound, nats per data point": "elbo_nats",
         "bits per dimension": "bits_per_dimension",
         f"median effective sample size, of {found['particles']:,}": "median_effective_sample_size",
         f"active units, of {found['latent_dim']}": "active_units",

@@ -15,7 +15,7 @@ from torch.distributions import transform_to
 
 from pyrovae.errors import ArgumentError, ModelGuideError
 from pyrovae.evaluation.importance import draw_log_weights, smoothed
-from pyrovae.evaluation.likelihood import asking
+from pyrovae.evaluation.likelihood import asking, mean_error
 from pyrovae.modes import device_of, evaluating
 from pyrovae.progress import progress_bar
 from pyrovae.structure import Program, check
@@ -72,7 +72,7 @@ class Gaps:
             ("approximation gap", self.approximation, self.approximation_error),
             ("amortization gap", self.amortization, self.amortization_error),
         )
-        said = ", ".join(f"{name} {float(gap.mean()):.3f} ± {_mean_error(error):.3f}" for name, gap, error in rows)
+        said = ", ".join(f"{name} {float(gap.mean()):.3f} ± {mean_error(error):.3f}" for name, gap, error in rows)
         noted = "".join(f"\n  note: {note}" for note in self.notes)
         return (
             f"Gaps({said} nats per data point; log-likelihood {float(self.log_likelihood.mean()):.3f};"
@@ -302,7 +302,7 @@ def _optimize(model: Program, local: _Local, x: Tensor, steps: int, lr: float, p
 
 
 def _notes(found: dict[str, Tensor], rise: float) -> tuple[str, ...]:
-    amortization, error = float(found["amortization"].mean()), _mean_error(found["amortization_error"])
+    amortization, error = float(found["amortization"].mean()), mean_error(found["amortization_error"])
     notes = []
     heavy = float(((found["k"] > 0.7) & (found["efficiency"] < 0.9)).double().mean())
     if heavy > 0.05:
@@ -321,8 +321,3 @@ def _notes(found: dict[str, Tensor], rise: float) -> tuple[str, ...]:
             " smaller lr or more optimization_particles."
         )
     return tuple(notes)
-
-
-def _mean_error(error: Tensor) -> float:
-    """Monte Carlo standard error of a mean over data points, given that of each."""
-    return float(error.square().sum().sqrt()) / len(error)

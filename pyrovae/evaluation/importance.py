@@ -13,7 +13,7 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from pyrovae.errors import ArgumentError, ModelGuideError
-from pyrovae.evaluation.likelihood import asking
+from pyrovae.evaluation.likelihood import asking, mean_error
 from pyrovae.structure import Program, check, dry_run, independent_frames, sample_sites
 from pyrovae.weights import LogWeights, log_weights
 
@@ -85,7 +85,7 @@ class PSIS:
 
     def __repr__(self) -> str:
         if self.k.dim():
-            error = f"{float(self.standard_error.square().sum().sqrt()) / self.k.numel():.3f}"
+            error = f"{mean_error(self.standard_error):.3f}"
             said = (
                 f"k̂ median {_number(self.k.median())}, largest {_number(self.k.max())}; {self.verdict};"
                 f" efficiency {float(self.efficiency.mean()):.3f} on average, {float(self.efficiency.min()):.3f} at"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,8 @@ def active_units(guide: Any, data: Data, threshold: float = 0.01) -> ActiveUnits
     """
     if not threshold >= 0.0:
         raise ArgumentError(f"threshold is {threshold!r}; it must be at least 0")
-    means = torch.cat([q.mean for q in _posteriors(guide, data)])
+    with asking(guide, seed=0):  # the mean of a flow is estimated
+        means = torch.cat([q.mean for q in _posteriors(guide, data)])
     return ActiveUnits(means.double().var(0, correction=0), threshold)
 
 
@@ -99,25 +101,25 @@ def kl_per_dimension(model: Any, guide: Any, data: Data) -> Tensor:
     """
     prior = model.prior()
     total, points = torch.zeros(()), 0
-    for q in _posteriors(guide, data):
-        if getattr(q, "reinterpreted_batch_ndims", 0) != 1 or getattr(prior, "reinterpreted_batch_ndims", 0) != 1:
-            raise ArgumentError(
-                f"posterior {type(q).__name__} and prior {type(prior).__name__} must factorise over the latent"
-                " dimensions (Normal(…).to_event(1)) for a KL per dimension"
-            )
-        try:
-            expanded = prior.base_dist.expand(q.base_dist.batch_shape)  # some of torch's KLs need it
-            kl = torch.distributions.kl_divergence(q.base_dist, expanded)
-        except NotImplementedError as error:
-            raise ArgumentError(f"no closed-form KL: {error}") from error
-        total, points = total + kl.double().sum(0), points + len(kl)
+    with asking(guide, seed=0):
+        for q in _posteriors(guide, data):
+            if getattr(q, "reinterpreted_batch_ndims", 0) != 1 or getattr(prior, "reinterpreted_batch_ndims", 0) != 1:
+                raise ArgumentError(
+                    f"posterior {type(q).__name__} and prior {type(prior).__name__} must factorise over the latent"
+                    " dimensions (Normal(…).to_event(1)) for a KL per dimension"
+                )
+            try:
+                expanded = prior.base_dist.expand(q.base_dist.batch_shape)  # some of torch's KLs need it
+                kl = torch.distributions.kl_divergence(q.base_dist, expanded)
+            except NotImplementedError as error:
+                raise ArgumentError(f"no closed-form KL: {error}") from error
+            total, points = total + kl.double().sum(0), points + len(kl)
     return total / points
 
 
-def _posteriors(guide: Any, data: Data) -> list[Any]:
-    """The posterior of each minibatch."""
+def _posteriors(guide: Any, data: Data) -> Iterator[Any]:
+    """The posterior of each minibatch, in turn: one of a flow keeps what it draws."""
     if not hasattr(guide, "encode"):
         raise ArgumentError(f"guide is a {type(guide).__name__} without encode(x); give an amortized guide")
     source = batches(data, None, device_of(guide), None)
-    with asking(guide, seed=0):
-        return [guide.encode(batch[0]) for batch in source.epoch(0)]
+    return (guide.encode(batch[0]) for batch in source.epoch(0))

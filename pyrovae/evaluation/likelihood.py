@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -37,17 +37,22 @@ class LogLikelihood:
     """Estimates of ``log p(x_n)`` in nats, one for each data point.
 
     Each is the logarithm of an unbiased estimate of ``p(x_n)``: in expectation a lower bound, which rises to the exact
-    value as the number of particles grows.
+    value as the number of particles grows. The mean log-weight of the same particles is the evidence lower bound of
+    the guide, whatever their number.
 
     Args:
         values: the estimates, `n`.
         standard_error: of each estimate, by the delta method, `n` (NaN for one particle).
+        elbo: the evidence lower bound of each data point, `n`.
+        elbo_error: the standard error of each, `n` (NaN for one particle).
         effective_sample_size: of each data point's weights, between 1 and ``particles``, `n`.
         particles: the number K of particles.
     """
 
     values: Tensor
     standard_error: Tensor
+    elbo: Tensor
+    elbo_error: Tensor
     effective_sample_size: Tensor
     particles: int
 
@@ -59,7 +64,17 @@ class LogLikelihood:
     @property
     def mean_error(self) -> float:
         """Monte Carlo standard error of ``mean``, in nats per data point (that of the particles, not of the data)."""
-        return float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
+        return mean_error(self.standard_error)
+
+    @property
+    def mean_elbo(self) -> float:
+        """Mean evidence lower bound over the data, in nats per data point."""
+        return float(self.elbo.mean())
+
+    @property
+    def mean_elbo_error(self) -> float:
+        """Monte Carlo standard error of ``mean_elbo``, in nats per data point."""
+        return mean_error(self.elbo_error)
 
     def __repr__(self) -> str:
         error = f" ± {self.mean_error:.3f}" if self.particles > 1 else ""
@@ -145,17 +160,17 @@ def log_likelihood(
         with progress_bar(source.size, " points", progress) as bar:
             found = []
             for batch in source.epoch(0):
-                found.append(chunks.power_sums(batch, particles))
+                found.append(chunks.sums(batch, particles))
                 bar.update(len(batch[0]))
-    first_power = torch.cat([one for one, _ in found])
-    second_power = torch.cat([two for _, two in found])
+    first_power, second_power, total, squares = (torch.cat(parts) for parts in zip(*found, strict=True))
     ess = (2.0 * first_power - second_power).exp()
-    relative_variance = (
-        ((1.0 / ess - 1.0 / particles) * particles / (particles - 1)) if particles > 1 else ess * math.nan
-    )
+    elbo = total / particles
+    spread = 1.0 / (particles - 1) if particles > 1 else math.nan
     return LogLikelihood(
         values=first_power - math.log(particles),
-        standard_error=relative_variance.clamp(min=0.0).sqrt(),
+        standard_error=((particles / ess - 1.0) * spread).clamp(min=0.0).sqrt(),
+        elbo=elbo,
+        elbo_error=((squares / particles - elbo.square()) * spread).clamp(min=0.0).sqrt(),
         effective_sample_size=ess,
         particles=particles,
     )
@@ -183,6 +198,11 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return w.sum(0).square() / w.square().sum(0)
 
 
+def mean_error(errors: Tensor) -> float:
+    """Standard error of the mean of independent estimates, given that of each."""
+    return float(errors.double().square().sum().sqrt()) / errors.numel()
+
+
 def _keep_freed_memory() -> None:
     """Lets the C library keep what one chunk frees for the next.
 
@@ -205,6 +225,20 @@ def _check_scale(probe: LogWeights) -> None:
         )
 
 
+class _Sums(NamedTuple):
+    """Sums over particles, `n` each: ``log Σ w``, ``log Σ w²``, ``Σ log w`` and ``Σ (log w)²``."""
+
+    log_w: Tensor
+    log_w_squared: Tensor
+    of_log: Tensor
+    of_log_squared: Tensor
+
+    def plus(self, other: _Sums) -> _Sums:
+        """The sums over both sets of particles."""
+        powers = (torch.logaddexp(mine, theirs) for mine, theirs in zip(self[:2], other[:2], strict=True))
+        return _Sums(*powers, *(mine + theirs for mine, theirs in zip(self[2:], other[2:], strict=True)))
+
+
 @dataclass
 class _Chunks:
     """Runs model and guide for chunks of particles.
@@ -222,31 +256,29 @@ class _Chunks:
     compile: bool
     graphs: Graphs = field(default_factory=lambda: Graphs("this evaluation"))
 
-    def power_sums(self, batch: tuple[Tensor, ...], particles: int) -> tuple[Tensor, Tensor]:
-        """``log Σ w`` and ``log Σ w²`` over the particles for each data point of a minibatch, chunk by chunk."""
+    def sums(self, batch: tuple[Tensor, ...], particles: int) -> _Sums:
+        """The sums over the particles for each data point of a minibatch, chunk by chunk."""
         propose = _proposal(self.guide, batch)
         widest = max(part.numel() for part in batch)
         size = max(1, min(particles, _ELEMENTS.get(batch[0].device.type, _ELEMENTS["cpu"]) // widest))
         graph = self._graph(batch, size) if self.compile else None
-        first: Tensor | None = None
-        second: Tensor | None = None
+        total: _Sums | None = None
         for start in range(0, particles, size):
             count = min(size, particles - start)
             if graph is not None and count == size:
-                (ones, twos), _ = graph(*batch)
+                found = _Sums(*graph(*batch)[0])
             else:
-                ones, twos = self._sums(propose, batch, count)
-            first = ones if first is None else torch.logaddexp(first, ones)
-            second = twos if second is None else torch.logaddexp(second, twos)
-        assert first is not None
-        assert second is not None
-        return first, second
+                found = self._sums(propose, batch, count)
+            total = found if total is None else total.plus(found)
+        assert total is not None
+        return total
 
-    def _sums(self, propose: Program, batch: tuple[Tensor, ...], count: int) -> tuple[Tensor, Tensor]:
-        """Both sums over the particles of one chunk."""
+    def _sums(self, propose: Program, batch: tuple[Tensor, ...], count: int) -> _Sums:
+        """The sums over the particles of one chunk."""
         weights = log_weights(self.model, propose, *batch, particles=count, max_plate_nesting=self.nesting)
         log_w = weights.log_w.flatten(1) if weights.plates else weights.log_w.unsqueeze(1)
-        return log_w.logsumexp(0), (2.0 * log_w).logsumexp(0)
+        exact = log_w.double()
+        return _Sums(log_w.logsumexp(0), (2.0 * log_w).logsumexp(0), exact.sum(0), exact.square().sum(0))
 
     def _graph(self, batch: tuple[Tensor, ...], size: int) -> Compiled | None:
         """The graph of a chunk for minibatches of this shape; ``None``, after a warning, where there can be none."""

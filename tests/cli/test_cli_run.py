@@ -48,6 +48,8 @@ def test_evaluate_is_what_the_api_computes(run_dir: Path, split: str) -> None:
         "seed": 3,
         "log_likelihood_nats": direct.mean,
         "standard_error_nats": direct.mean_error,
+        "elbo_nats": direct.mean_elbo,
+        "elbo_error_nats": direct.mean_elbo_error,
         "bits_per_dimension": pytest.approx(-direct.mean / 64 / math.log(2.0)),
         "median_effective_sample_size": float(direct.effective_sample_size.median()),
         "active_units": evaluation.active_units(run.guide, data).count,
@@ -60,6 +62,7 @@ def test_evaluate_prints_numbers_with_units(run_dir: Path) -> None:
     found = answer("evaluate", run_dir, "--particles", 20)
     text = succeed("evaluate", run_dir, "--particles", 20)
     assert f"{found['log_likelihood_nats']:.3f} nats per data point ± {found['standard_error_nats']:.2g}" in text
+    assert f"{found['elbo_nats']:.3f} nats per data point ± {found['elbo_error_nats']:.2g}" in text
     assert f"{found['kl_nats']:.3f} nats per data point" in text
     assert f"{found['active_units']} of 2 latent dimensions" in text
     assert "of 20 particles (median)" in text

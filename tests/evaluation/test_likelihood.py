@@ -43,6 +43,20 @@ def test_estimates_lie_within_their_standard_errors_of_the_exact_values(ppca):
     assert abs(result.mean - exact.mean()) < 3 * result.mean_error  # a false alarm once in 370 seeds
 
 
+def test_the_mean_log_weight_is_the_elbo_of_the_guide(ppca):
+    model, guide, x = ppca
+    with torch.no_grad():
+        exact = model.elbo(x, guide.encode(x)).double()
+    result = log_likelihood(model, guide, x, particles=1000)
+    z = (result.elbo - exact) / result.elbo_error
+    # 50 points: one beyond 4 standard errors once in 300 seeds; mean z² beyond 2 practically never.
+    assert z.abs().max() < 4
+    assert 0.4 < z.square().mean() < 2
+    assert abs(result.mean_elbo - float(exact.mean())) < 3 * result.mean_elbo_error  # a false alarm once in 370 seeds
+    assert result.mean_elbo < result.mean
+    assert log_likelihood(model, guide, x, particles=1).elbo_error.isnan().all()
+
+
 def test_standard_error_is_the_spread_over_seeds(ppca):
     model, guide, x = ppca
     results = [log_likelihood(model, guide, x[:5], particles=200, seed=seed) for seed in range(200)]
@@ -146,7 +160,7 @@ def test_effective_sample_size_of_a_result_is_that_of_its_weights(ppca):
     result = log_likelihood(model, guide, x, 40, seed=3)
     assert (result.effective_sample_size >= 1).all()
     assert (result.effective_sample_size <= 40).all()
-    first, second = likelihood._Chunks(model, guide, nesting=1, compile=False).power_sums((x,), 40)
+    first, second, *_ = likelihood._Chunks(model, guide, nesting=1, compile=False).sums((x,), 40)
     assert (2 * first - second).exp().shape == (50,)
 
 
@@ -160,6 +174,7 @@ def test_a_compiled_evaluation_draws_the_same_particles(ppca, monkeypatch):
     compiled = log_likelihood(model, guide, x, 190, compile=True)
     torch.testing.assert_close(compiled.values, eager.values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled.standard_error, eager.standard_error, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(compiled.elbo, eager.elbo, rtol=1e-5, atol=1e-5)
 
 
 def test_an_evaluation_that_cannot_be_compiled_says_so_once_and_runs_eagerly(ppca):

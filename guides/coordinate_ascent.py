@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError, DataError
+from pyrovae.errors import ArgumentError, DataError, require_count
 from pyrovae.models.likelihoods import require_batch
 from pyrovae.models.linear_regression import BayesianLinearRegression
 from pyrovae.models.mixture import GaussianMixture
@@ -34,7 +34,7 @@ def coordinate_ascent(
     .. math:: q_j(z_j) \propto \exp \mathbb{E}_{q_{-j}} \log p(x, z)
 
     The ELBO rises with every update, so that no step size is needed; for a mixture it rises to a local optimum that
-    depends on the start. The sweeps compute in float64.
+    depends on the start. The sweeps compute in float64; the posterior is of the model's data type.
 
     Args:
         model: a :class:`~pyrovae.models.BayesianLinearRegression`, for the factors q(w) q(τ), or a
@@ -71,8 +71,7 @@ def coordinate_ascent(
             f"coordinate_ascent knows the exact updates of {known}, not of {type(model).__name__}."
             " Fit another model with pyrovae.fit and a guide such as guides.ASVI."
         )
-    if not isinstance(sweeps, int) or sweeps < 1:
-        raise ArgumentError(f"sweeps is {sweeps!r}; it must be a whole number, at least 1")
+    require_count("sweeps", sweeps)
     if not tolerance >= 0:
         raise ArgumentError(f"tolerance is {tolerance!r}; it must be a number of nats per data point, at least 0")
     updates, posterior = _METHODS[type(model)]
@@ -83,7 +82,7 @@ def coordinate_ascent(
         while len(bounds) < sweeps and _risen(bounds) >= tolerance * len(data[0]):
             factors, bound = next(sequence)
             bounds.append(float(bound))
-    fitted = posterior(model, factors).to(data[0].dtype)
+    fitted = posterior(model, factors).to(next(model.buffers()).dtype)
     fitted.bounds = torch.tensor(bounds, dtype=torch.float64)
     fitted.converged = _risen(bounds) < tolerance * len(data[0])
     return fitted
@@ -233,9 +232,7 @@ class NormalWishart:
         counts = responsibilities.sum(0)
         mean_precision = self.mean_precision + counts
         loc = (self.mean_precision[:, None] * self.loc + responsibilities.mT @ x) / mean_precision[:, None]
-        deviation = (
-            x[:, None] - loc
-        )  # from the updated mean, so that the data and the prior add up without a cross term
+        deviation = x[:, None] - loc  # from the updated mean: data and prior then add up without a cross term
         shift = self.loc - loc
         if self.diagonal:
             scatter = torch.einsum("nc,ncd,ncd->cd", responsibilities, deviation, deviation)
@@ -353,7 +350,7 @@ class GaussianMixturePosterior(_Posterior):
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """q(assignment) of `n x d` data, `n x C`."""
-        return self.factors.expected_log_joint(x).softmax(-1)
+        return self.factors.expected_log_joint(x.to(self.loc)).softmax(-1)
 
     def forward(self, x: Tensor | None = None) -> None:
         """The guide's sample statements."""

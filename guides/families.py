@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.errors import ArgumentError, require_count, unknown_name
 
 __all__ = [
     "FAMILIES",
@@ -47,7 +47,7 @@ class Family(nn.Module):
 
     def __init__(self, dim: int, outputs: int) -> None:
         super().__init__()
-        _whole("dim", dim)
+        require_count("dim", dim)
         self.dim, self.outputs = dim, outputs
 
 
@@ -125,7 +125,7 @@ class FactorNormal(Family):
     """
 
     def __init__(self, dim: int, rank: int = 2) -> None:
-        _whole("rank", rank)
+        require_count("rank", rank)
         super().__init__(dim, (2 + rank) * dim)
         self.rank = rank
 
@@ -177,8 +177,8 @@ class FlowNormal(Family):
         context: int = 64,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        _whole("depth", depth)
-        _whole("context", context)
+        require_count("depth", depth)
+        require_count("context", context)
         super().__init__(dim, 2 * dim + context)
         self.context = context
         if isinstance(flow, str):
@@ -349,8 +349,3 @@ def _scale(log_scale: Tensor) -> Tensor:
 def _factor(raw: Tensor, terms: int) -> Tensor:
     """Entries of a factor, in units of the residual scale, such that ``terms`` of them add up to a variance of O(1)."""
     return (raw / math.sqrt(terms)).clamp(-_FACTOR_LIMIT, _FACTOR_LIMIT)
-
-
-def _whole(argument: str, given: object) -> None:
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise ArgumentError(f"{argument} is {given!r}; it must be a whole number, at least 1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,15 +12,17 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import require_count, require_positive
 from pyrovae.flows import Chain, stack
-from pyrovae.flows.layers import at_least
 from pyrovae.flows.stacks import family
+from pyrovae.guides.gaussian import FirstCall, Init, Program
+from pyrovae.registry import GUIDES
 
 __all__ = ["Flow"]
 
 
-class Flow(AutoContinuous):
+@GUIDES.register
+class Flow(FirstCall, AutoContinuous):
     r"""Normalizing-flow posterior of all continuous latents of a model, joint and unconstrained.
 
     .. math:: u = \mu + \sigma \odot f_K \circ \dots \circ f_1(\epsilon), \quad \epsilon \sim \mathcal{N}(0, I),
@@ -43,7 +44,7 @@ class Flow(AutoContinuous):
         depth: number K of layers.
         affine: whether μ and σ are learnt; otherwise they stay 0 and 1.
         init_scale: where σ starts, in units of the unconstrained latents.
-        init_loc_fn: Pyro's initialization strategy, by which μ starts.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
         **options: arguments of the flow's class, such as ``hidden``.
 
     Raises:
@@ -71,35 +72,25 @@ class Flow(AutoContinuous):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         flow: str = "iaf",
         depth: int = 2,
         affine: bool = True,
         init_scale: float = 0.1,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Init | None = None,
         **options: Any,
     ) -> None:
         family(flow, options)
-        at_least(1, "depth", depth)
-        if not 0.0 < init_scale < float("inf"):
-            raise ArgumentError(f"init_scale is {init_scale!r}; it must be a finite number above 0")
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        require_count("depth", depth)
+        require_positive("init_scale", init_scale)
+        super().__init__(model, init_loc_fn=init_loc_fn or init_to_median)
         self._name, self._depth, self._options = flow, depth, options
         self._affine, self._init_scale = affine, init_scale
         self.flow: nn.Module | None = None
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        if self.flow is None:
-            self._build(self._init_loc())
-        elif self.loc.numel() != self.latent_dim:
-            raise ModelGuideError(
-                f"the loaded state of guide {type(self).__name__} is of {self.loc.numel()} unconstrained latents, and"
-                f" the model has {self.latent_dim}. Load it with the model and data sizes that it was saved with."
-            )
-
-    def _build(self, loc: Tensor) -> None:
-        """Makes the parameters, for as many latents as ``loc`` has, on its device and of its type."""
+    def _make_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Makes the parameters, for as many latents as the model has, on their device and of their type."""
+        loc = self._init_loc()
         flow = stack(self._name, loc.numel(), self._depth, **self._options)
         if self._affine:
             self.loc = nn.Parameter(loc.clone())
@@ -108,12 +99,6 @@ class Flow(AutoContinuous):
             self.register_buffer("loc", torch.zeros_like(loc))
             self.register_buffer("scale", torch.ones_like(loc))
         self.flow = flow.to(loc)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Makes the parameters when a state is loaded before the first call, which would have made them."""
-        if self.flow is None and f"{prefix}loc" in state_dict:
-            self._build(torch.zeros_like(state_dict[f"{prefix}loc"]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard normal of as many dimensions as the model has unconstrained latents."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,19 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints, transform_to
 
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import ArgumentError, ModelGuideError, require_count, require_positive
+from pyrovae.registry import GUIDES
 
 __all__ = ["FactorCovariance", "FullRank", "MeanField"]
+
+
+for _map_to in (biject_to, transform_to):  # torch has the constraint of a mixture, and no map to it
+    _map_to.register(
+        constraints.MixtureSameFamilyConstraint, lambda given, map_to=_map_to: map_to(given.base_constraint)
+    )
+
 
 Program = Callable[..., Any]
 Init = Callable[[dict[str, Any]], Tensor]
@@ -55,7 +62,7 @@ class FirstCall(AutoGuide):
             super()._setup_prototype(*args, **kwargs)
             self._make_parameters(*args, **kwargs)
             if self._loaded:
-                self.load_state_dict(self._loaded)
+                self._load()
         except BaseException:
             self.prototype_trace = None  # else the next call would take a half-made guide for a whole one
             raise
@@ -63,6 +70,17 @@ class FirstCall(AutoGuide):
 
     def _make_parameters(self, *args: Any, **kwargs: Any) -> None:
         """Makes those parameters and buffers that Pyro's guide does not, once the latents are known."""
+
+    def _load(self) -> None:
+        """Takes over the state that waited for the parameters."""
+        assert self._loaded is not None
+        try:
+            self.load_state_dict(self._loaded)
+        except RuntimeError as error:
+            raise ModelGuideError(
+                f"the loaded state of guide {type(self).__name__} does not fit this model ({error}). Load it with the"
+                " model and data sizes that it was saved with."
+            ) from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         """Before the first call there are no parameters yet: the state waits for them."""
@@ -100,14 +118,6 @@ class FirstCall(AutoGuide):
             )
 
 
-def require_positive(argument: str, value: Any) -> float:
-    """The number as a float; an error unless it is finite and above zero."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0.0 < value < math.inf):
-        raise ArgumentError(f"{argument} is {value!r}; it must be a finite number above 0")
-    return float(value)
-
-
 def log_joint(guide: AutoContinuous, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     r"""Log-density of data and unconstrained latents, ``log p(x, f(u)) + log |det ∂f/∂u|``, a scalar in nats.
 
@@ -128,6 +138,7 @@ def log_joint(guide: AutoContinuous, latent: Tensor, *args: Any, **kwargs: Any) 
     return trace.log_prob_sum() + log_volume
 
 
+@GUIDES.register
 class MeanField(FirstCall, AutoNormal):
     r"""Gaussian with independent coordinates, site by site, in unconstrained space.
 
@@ -175,6 +186,7 @@ class MeanField(FirstCall, AutoNormal):
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale, create_plates=create_plates)
 
 
+@GUIDES.register
 class FullRank(FirstCall, AutoMultivariateNormal):
     r"""Gaussian with a full covariance over all latents together, in unconstrained space.
 
@@ -211,6 +223,7 @@ class FullRank(FirstCall, AutoMultivariateNormal):
         super().__init__(model, init_loc_fn=init_loc_fn or init_to_median, init_scale=init_scale)
 
 
+@GUIDES.register
 class FactorCovariance(FirstCall, AutoLowRankMultivariateNormal):
     r"""Gaussian with a factor covariance over all latents together (VAFC), in unconstrained space.
 
@@ -243,8 +256,7 @@ class FactorCovariance(FirstCall, AutoLowRankMultivariateNormal):
     """
 
     def __init__(self, model: Program, rank: int, init_scale: float = 0.1, *, init_loc_fn: Init | None = None) -> None:
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ArgumentError(f"rank is {rank!r}; it must be a whole number, at least 1")
+        require_count("rank", rank)
         init_scale = require_positive("init_scale", init_scale)
         init_loc_fn = init_loc_fn or init_to_median
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale, rank=rank)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyrovae.errors import ArgumentError, unknown_name
 from pyrovae.guides.families import Categories, Family, make_family
 from pyrovae.models.networks import full_precision, mlp
-from pyrovae.modes import device_of
+from pyrovae.modes import device_of, evaluating
 from pyrovae.structure import Program, Site, independent_frames, sample_sites, say_plates
 
 __all__ = ["AmortizedModel", "amortize"]
@@ -104,8 +104,7 @@ class _Latent:
         total = flat.new_zeros(flat.shape[:-1])
         for transform in self.transforms:
             flat, before = transform(flat), flat
-            ladj = transform.log_abs_det_jacobian(before, flat)
-            total = total + ladj.flatten(total.dim()).sum(-1) if ladj.dim() > total.dim() else total + ladj
+            total = total + transform.log_abs_det_jacobian(before, flat)
         return flat, total
 
 
@@ -144,7 +143,7 @@ class AmortizedModel(PyroModule):
     def build(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Runs the model once on these arguments, and makes the heads for the sites that it shows."""
         model, family, wanted, options = self._asked
-        with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+        with evaluating(model, self.encoder), poutine.block():
             sites = sample_sites(poutine.trace(model).get_trace(x, *args, **kwargs))
             features = self.encoder(x)
         if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(x):
@@ -154,8 +153,9 @@ class AmortizedModel(PyroModule):
                 " nn.Flatten() where it gives more dimensions."
             )
         frame = _data_plate(sites, len(x))
-        self.plate, self.dim = frame.name, frame.dim
-        self.full_size = None if frame.full_size in (None, frame.size) else frame.full_size
+        self.plate, self.dim, self.full_size = frame.name, frame.dim, frame.full_size
+        # A plate as large as the data may be of a fixed size, or follow the data: another batch will show.
+        self._follows = None if frame.full_size == frame.size else False
         chosen = _chosen(sites, frame, wanted)
         made = [_of_site(site, _family_of(family, site["name"], wanted), options, self.joint) for site in chosen]
         self.latents = tuple(latent for latent, _ in made)
@@ -196,6 +196,11 @@ class AmortizedModel(PyroModule):
         """Samples every site for a batch `n x …` of data; returns the values by site. Only the data are encoded."""
         if not self.latents:
             self.build(x, *args, **kwargs)
+        if self._follows is None and len(x) != self.full_size:
+            model = self._asked[0]
+            with evaluating(model), poutine.block():
+                sites = sample_sites(poutine.trace(model).get_trace(x, *args, **kwargs))
+            self._follows = _data_plate(sites, len(x)).full_size != self.full_size
         return self.sample(self.encode(x))
 
     def sample(self, q: Any) -> dict[str, Tensor]:
@@ -218,7 +223,7 @@ class AmortizedModel(PyroModule):
     def _plate(self, n: int) -> Any:
         """The model's plate of the data; a model that stands for more data than it is given scales them up."""
         device = device_of(self)
-        if self.full_size is None:
+        if self._follows is not False:
             return pyro.plate(self.plate, n, dim=self.dim, device=device)
         rows = torch.arange(n, device=device)
         return pyro.plate(self.plate, self.full_size, subsample=rows, dim=self.dim)
@@ -271,7 +276,7 @@ def _chosen(sites: Mapping[str, Site], plate: Any, wanted: Sequence[str] | None)
         )
     chosen = [latent[name] for name in latent if name in (inside if wanted is None else wanted)]
     for site in chosen:
-        if [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != "particles"] != [plate]:
+        if [frame for frame in site["cond_indep_stack"] if frame.vectorized] != [plate]:
             raise ArgumentError(
                 f"latent site {site['name']!r} lies in more than the plate of the data ({say_plates(site)}). Declare"
                 " the inner dimensions with .to_event(…), or write a guide for it and leave it out of site=."
@@ -299,9 +304,9 @@ def _of_site(site: Site, family: FamilyName, options: Mapping[str, Any], joint: 
     size = shape.numel()
     transforms: list[Any] = []
     if tuple(shape) != (size,):
-        transforms.append(torch.distributions.transforms.ReshapeTransform(torch.Size((size,)), shape, cache_size=1))
+        transforms.append(torch.distributions.transforms.ReshapeTransform(torch.Size((size,)), shape))
     if not _is_real(support):
-        transforms.append(to_support.with_cache())
+        transforms.append(to_support)
     latent = _Latent(name, fn.event_shape, size, tuple(transforms))
     if joint:
         return latent, None
@@ -357,7 +362,8 @@ def _shaped(q: Any, latent: _Latent) -> Any:
     if real and isinstance(base, dist.Normal):  # keeps its closed-form KL
         shape = (*q.batch_shape, *latent.event_shape)
         return dist.Normal(base.loc.reshape(shape), base.scale.reshape(shape)).to_event(dims)
-    return dist.TransformedDistribution(q, list(latent.transforms))
+    # Each posterior has caches of its own: by them a flow without an inverse recognises its draw.
+    return dist.TransformedDistribution(q, [transform.with_cache() for transform in latent.transforms])
 
 
 def _is_real(support: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrovae.errors import ArgumentError, ModelGuideError, unknown_name
 from pyrovae.guides.gaussian import FirstCall, Init, Program, log_joint
+from pyrovae.registry import GUIDES
 
 __all__ = ["GaussianAtMode", "Laplace", "PointEstimate", "WithoutPrior"]
 
@@ -66,6 +67,7 @@ class _MaskLatents(Messenger):
             msg["mask"] = False
 
 
+@GUIDES.register
 class PointEstimate(FirstCall, AutoDelta):
     r"""One value for each latent: the mode of the posterior (MAP) or of the likelihood (MLE).
 
@@ -122,6 +124,7 @@ class PointEstimate(FirstCall, AutoDelta):
         super().__init__(model, init_loc_fn=init_loc_fn or init_to_median, create_plates=create_plates)
 
 
+@GUIDES.register
 class Laplace(FirstCall, AutoLaplaceApproximation):
     r"""Laplace's approximation: the mode, and the Gaussian that the curvature of the log density there gives.
 

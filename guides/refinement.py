@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import ArgumentError, ModelGuideError, require_count, require_positive
 from pyrovae.evaluation.likelihood import asking, mean_error
 from pyrovae.guides.amortized import replayed
 from pyrovae.structure import Program, check
@@ -286,7 +286,5 @@ def _check_arguments(guide: object, steps: int, lr: float, particles: int) -> No
             " point to refine. Use AmortizedNormal, one of its siblings, or what pyrovae.guides.amortize makes."
         )
     for argument, given in (("steps", steps), ("particles", particles)):
-        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-            raise ArgumentError(f"{argument} is {given!r}; it must be a whole number, at least 1")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0.0 < lr < float("inf"):
-        raise ArgumentError(f"lr is {lr!r}; it must be a positive number")
+        require_count(argument, given)
+    require_positive("lr", lr)

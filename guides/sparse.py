@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any, ClassVar
@@ -15,8 +16,16 @@ from scipy import sparse
 from scipy.sparse.linalg import splu, spsolve_triangular
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, unknown_name
-from pyrovae.guides.gaussian import FirstCall, Init, Program, log_joint, require_positive
+from pyrovae.errors import (
+    ArgumentError,
+    CompilationError,
+    ModelGuideError,
+    require_count,
+    require_positive,
+    unknown_name,
+)
+from pyrovae.guides.gaussian import FirstCall, Init, Program, log_joint
+from pyrovae.registry import GUIDES
 
 __all__ = ["SparsePrecision", "SparsePrecisionNormal", "unit_triangular_solve"]
 
@@ -24,6 +33,7 @@ _STRUCTURES = ("auto", "banded", "block-arrow")
 _POINTS = 2  # at which the Hessian is looked at; an element that is zero at one by chance is not at the other
 _ROUNDING = 1000.0  # units of rounding, relative to the rows' largest elements, below which an element counts as zero
 _CHUNK = 2**22  # numbers of the Hessian that are held at a time
+_RIDGE = 1e-8
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -49,11 +59,18 @@ def unit_triangular_solve(
     Returns:
         y, `*batch x n`.
 
+    Raises:
+        CompilationError: it runs while a CUDA graph is recorded, which cannot hold work of the host.
+
     Example:
         >>> rows, cols, position = torch.tensor([1]), torch.tensor([0]), torch.arange(2)
         >>> unit_triangular_solve(torch.tensor([0.5]), rows, cols, position, torch.ones(2), False)
         tensor([1.0000, 0.5000])
     """
+    if right.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise CompilationError(
+            "SparsePrecision solves on the host, which no CUDA graph can hold; on a GPU fit it with compile=False"
+        )
     place, n = position.cpu().numpy(), len(position)
     i, j = place[rows.cpu().numpy()], place[cols.cpu().numpy()]
     diagonal = np.arange(n)
@@ -86,7 +103,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     adjoint = unit_triangular_solve(values, rows, cols, position, gradient, not ctx.transpose)
     left, right = (solution, adjoint) if ctx.transpose else (adjoint, solution)
     products = left[..., rows] * right[..., cols]
-    return -products.reshape(-1, len(rows)).sum(0), None, None, None, adjoint, None
+    return -products.sum_to_size(len(rows)), None, None, None, adjoint, None
 
 
 unit_triangular_solve.register_autograd(_backward, setup_context=_save)
@@ -168,7 +185,7 @@ class SparsePrecisionNormal(TorchDistribution):
             self._validate_sample(value)
         scaled = (value - self.loc) / self.scale
         white = scaled.index_add(-1, self.cols, self.values * scaled[..., self.rows])  # Uᵀ scaled
-        constant = 0.5 * self.event_shape[0] * np.log(2 * np.pi)
+        constant = 0.5 * self.event_shape[0] * math.log(2 * math.pi)
         return -0.5 * white.square().sum(-1) - self.scale.log().sum() - constant
 
     def _solve(self, right: Tensor, transpose: bool) -> Tensor:
@@ -206,6 +223,7 @@ def _unit_rows(start: int, stop: int, like: Tensor) -> Tensor:
 # The guide
 
 
+@GUIDES.register
 class SparsePrecision(FirstCall, AutoContinuous):
     r"""Gaussian over all latents together whose precision matrix has the zeros of the model's own structure.
 
@@ -265,10 +283,10 @@ class SparsePrecision(FirstCall, AutoContinuous):
     ) -> None:
         if isinstance(structure, str) and structure not in _STRUCTURES:
             raise unknown_name("structure", structure, _STRUCTURES)
-        if bandwidth is not None and not (isinstance(structure, str) and structure == "banded"):
-            raise ArgumentError(f"bandwidth={bandwidth!r} goes with structure='banded' only")
-        if bandwidth is not None and (not isinstance(bandwidth, int) or isinstance(bandwidth, bool) or bandwidth < 0):
-            raise ArgumentError(f"bandwidth is {bandwidth!r}; it must be a whole number, at least 0")
+        if bandwidth is not None:
+            if not (isinstance(structure, str) and structure == "banded"):
+                raise ArgumentError(f"bandwidth={bandwidth!r} goes with structure='banded' only")
+            require_count("bandwidth", bandwidth, 0)
         self._init_scale = require_positive("init_scale", init_scale)
         if not isinstance(structure, str):
             structure = _as_sparse(structure)
@@ -324,6 +342,12 @@ class SparsePrecision(FirstCall, AutoContinuous):
         if not parts:
             return sparse.csr_matrix((n, n))
         hessian = reduce(lambda one, two: one.maximum(two), parts).tocoo()
+        if not np.isfinite(hessian.data).all():
+            raise ModelGuideError(
+                "the Hessian of the log joint density is not finite at a random point near the start, so that"
+                " structure='auto' cannot tell the dependences from it. Give another structure ('banded',"
+                " 'block-arrow' or a matrix), or another init_loc_fn."
+            )
         largest = hessian.max(axis=1).toarray().ravel()
         rounding = _ROUNDING * torch.finfo(point.dtype).eps * np.sqrt(largest[hessian.row] * largest[hessian.col])
         real = hessian.data > rounding
@@ -368,7 +392,9 @@ def cholesky_pattern(pattern: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     linked.setdiag(0)
     linked.eliminate_zeros()
     degrees = np.asarray(linked.sum(axis=0)).ravel()
-    matrix = sparse.diags(degrees + 1, format="csc") - linked  # every update of its factors is negative: none cancels
+    # Every update of a graph Laplacian's factors is negative, so that none cancels. The ridge makes it regular, and is
+    # so small that what passes through a long path of eliminated coordinates does not underflow.
+    matrix = sparse.diags(degrees + _RIDGE, format="csc") - linked
     solver = splu(matrix.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
     position = solver.perm_c.astype(np.int64)
     original = np.argsort(position)

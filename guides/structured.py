@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, transform_to
 
 from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.registry import GUIDES
 from pyrovae.structure import Program, Site
 
 __all__ = ["ASVI"]
@@ -51,6 +52,7 @@ _FIXED = {"total_count"}
 _INITIAL_SCALE = 0.1  # of an independent Normal, in unconstrained units
 
 
+@GUIDES.register
 class ASVI(PyroModule):
     r"""Automatic structured posterior: each latent's prior, moved a learnable step towards parameters of its own.
 

@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError, DataError
+from pyrovae.errors import ArgumentError, DataError, require_count
 from pyrovae.registry import MODELS
 
 __all__ = ["BayesianLinearRegression", "NormalGamma"]
@@ -75,8 +75,7 @@ class BayesianLinearRegression(PyroModule):
         noise_rate: float = 1.0,
     ) -> None:
         super().__init__()
-        if not isinstance(features, int) or features < 1 + intercept:
-            raise ArgumentError(f"features is {features!r}; it must be a whole number, at least {1 + intercept}")
+        require_count("features", features, 1 + intercept)
         self.features = features
         self.intercept = intercept
         for name, value in (

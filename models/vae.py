@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from pyrovae.errors import ArgumentError, unknown_name
 from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
 from pyrovae.models.networks import ACTIVATIONS, ConvDecoder, full_precision, mlp
+from pyrovae.modes import device_of
 from pyrovae.registry import MODELS
 
 __all__ = ["VAE"]
+
+_GAUSSIANS = ("standard", "learnable", "full")
+_PRIORS = (*_GAUSSIANS, "coupling", "maf", "radial", "spline")
 
 
 @MODELS.register
 class VAE(PyroModule):
     r"""Latent-Gaussian model of independent data points, with a network from the latent to the likelihood.
 
-    .. math:: z_n \sim \mathcal{N}(\mu, \mathrm{diag}\,\sigma^2), \qquad x_{n} \mid z_n \sim p(x \mid g_\theta(z_n))
+    .. math:: z_n \sim p_\theta(z), \qquad x_{n} \mid z_n \sim p(x \mid g_\theta(z_n))
 
     The elements of a data point are independent given the latent. ``forward(x)`` conditions on a batch
     `n x *data_shape`; ``forward(size=n)`` generates one.
@@ -39,7 +43,10 @@ class VAE(PyroModule):
         likelihood: ``"bernoulli"`` (data 0 or 1), ``"continuous-bernoulli"`` (data in [0, 1]), ``"normal"`` (real
             data; one learnable standard deviation for all elements), ``"categorical-256"`` (8-bit intensities
             k/255).
-        prior: ``"standard"`` for N(0, I), or ``"learnable"`` for N(μ, diag σ²) with both as parameters.
+        prior: ``"standard"`` for N(0, I); ``"learnable"`` for N(μ, diag σ²) and ``"full"`` for N(μ, Σ), with parameters
+            that are learnt; or a flow that learns its shape, ``"coupling"``, ``"maf"``, ``"radial"`` or ``"spline"``
+            (:class:`pyrovae.flows.FlowPrior`).
+        prior_options: arguments of the flow of the prior, such as ``{"depth": 6, "hidden": (128,)}``.
         network: ``"mlp"``, or ``"conv"`` for images ``(H, W)`` or ``(C, H, W)``.
         channels: of the convolutions, from the coarsest level to the finest (the encoder mirrors them).
 
@@ -67,9 +74,10 @@ class VAE(PyroModule):
         hidden: Sequence[int] = (200, 200),
         activation: str = "tanh",
         likelihood: str = "bernoulli",
-        prior: Literal["standard", "learnable"] = "standard",
+        prior: str = "standard",
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (64, 32),
+        prior_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.data_shape = tuple(data_shape)
@@ -78,7 +86,7 @@ class VAE(PyroModule):
         self.channels = tuple(channels)
         self.activation = activation
         self.network = network
-        self._check(likelihood, prior)
+        self._check(likelihood, prior, prior_options)
         self.likelihood = LIKELIHOODS[likelihood]
 
         outputs = self.likelihood.outputs
@@ -87,19 +95,30 @@ class VAE(PyroModule):
         else:
             image = self.image_shape
             self.decoder = ConvDecoder(latent_dim, self.hidden, self.channels, image, image[0] * outputs, activation)
-        loc, scale = torch.zeros(latent_dim), torch.ones(latent_dim)
-        if prior == "learnable":
-            self.prior_loc = nn.Parameter(loc)
-            self.prior_scale = PyroParam(scale, constraints.softplus_positive)
-        else:
-            self.register_buffer("prior_loc", loc, persistent=False)
-            self.register_buffer("prior_scale", scale, persistent=False)
+        self._make_prior(prior, prior_options or {})
         if likelihood == "normal":
             self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive)
         else:
             self.likelihood_scale = None
 
-    def _check(self, likelihood: str, prior: str) -> None:
+    def _make_prior(self, prior: str, options: Mapping[str, Any]) -> None:
+        loc, scale = torch.zeros(self.latent_dim), torch.ones(self.latent_dim)
+        self.prior_flow: nn.Module | None = None
+        if prior == "standard":
+            self.register_buffer("prior_loc", loc, persistent=False)
+            self.register_buffer("prior_scale", scale, persistent=False)
+        elif prior == "learnable":
+            self.prior_loc = nn.Parameter(loc)
+            self.prior_scale = PyroParam(scale, constraints.softplus_positive)
+        elif prior == "full":
+            self.prior_loc = nn.Parameter(loc)
+            self.prior_tril = PyroParam(scale.diag(), constraints.softplus_lower_cholesky)
+        else:
+            from pyrovae import flows  # it loads zuko, which only this prior needs
+
+            self.prior_flow = flows.FlowPrior(self.latent_dim, prior, **options)
+
+    def _check(self, likelihood: str, prior: str, options: Mapping[str, Any] | None) -> None:
         for argument, given in (("data_shape", self.data_shape), ("latent_dim", (self.latent_dim,))):
             if not given or any(not isinstance(size, int) or size < 1 for size in given):
                 raise ArgumentError(f"{argument} is {given!r}; it must hold whole numbers, at least 1 each")
@@ -107,8 +126,10 @@ class VAE(PyroModule):
             raise unknown_name("likelihood", likelihood, LIKELIHOODS)
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
-        if prior not in ("standard", "learnable"):
-            raise unknown_name("prior", prior, ("standard", "learnable"))
+        if prior not in _PRIORS:
+            raise unknown_name("prior", prior, _PRIORS)
+        if options and prior in _GAUSSIANS:
+            raise ArgumentError(f"prior_options is {dict(options)!r}, but prior {prior!r} has none; leave them out")
         if self.network not in ("mlp", "conv"):
             raise unknown_name("network", self.network, ("mlp", "conv"))
 
@@ -125,6 +146,10 @@ class VAE(PyroModule):
 
     def prior(self) -> dist.TorchDistribution:
         """p(z): batch shape (), event shape (latent_dim,)."""
+        if self.prior_flow is not None:
+            return self.prior_flow()
+        if hasattr(self, "prior_tril"):
+            return dist.MultivariateNormal(self.prior_loc, scale_tril=self.prior_tril)
         return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
@@ -158,7 +183,7 @@ class VAE(PyroModule):
         """
         if x is not None:
             require_batch(x, self.data_shape)
-        with pyro.plate("data", size if x is None else len(x), device=self.prior_loc.device):
+        with pyro.plate("data", size if x is None else len(x), device=device_of(self)):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
 
@@ -173,7 +198,7 @@ class VAE(PyroModule):
             Burda et al. 2016, appendix, https://arxiv.org/abs/1509.00519.
         """
         layers = [module for module in self.decoder.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        mean = x.to(self.prior_loc).mean(0)
+        mean = x.to(layers[-1].weight).mean(0)
         if self.network == "conv":  # one bias a channel
             mean = mean.reshape(self.image_shape).mean((1, 2))
         bias = layers[-1].bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "NonFiniteError",
     "PyrovaeError",
     "RunError",
+    "require_count",
+    "require_positive",
     "unknown_name",
 ]
 
@@ -62,6 +65,49 @@ class CompilationError(PyrovaeError, RuntimeError):
 
 class NonFiniteError(PyrovaeError, ArithmeticError):
     """The loss or a gradient became NaN or infinite during a fit."""
+
+
+def require_count(argument: str, value: object, least: int = 1, why: str = "") -> int:
+    """The given whole number.
+
+    Args:
+        argument: the name of the argument, for the message.
+        value: what was given.
+        least: the smallest number that is allowed.
+        why: the end of the message, where the limit needs a reason.
+
+    Raises:
+        ArgumentError: it is something else.
+
+    Example:
+        >>> require_count("particles", 0)
+        Traceback (most recent call last):
+        pyrovae.errors.ArgumentError: particles is 0; it must be a whole number, at least 1
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{argument} is {value!r}; it must be a whole number, at least {least}{why}")
+    return value
+
+
+def require_positive(argument: str, value: object, why: str = "") -> float:
+    """The given finite number above 0.
+
+    Args:
+        argument: the name of the argument, for the message.
+        value: what was given.
+        why: the end of the message: a unit, or what else is allowed.
+
+    Raises:
+        ArgumentError: it is something else.
+
+    Example:
+        >>> require_positive("lr", -1e-3)
+        Traceback (most recent call last):
+        pyrovae.errors.ArgumentError: lr is -0.001; it must be a finite number above 0
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 < value < math.inf:
+        raise ArgumentError(f"{argument} is {value!r}; it must be a finite number above 0{why}")
+    return value
 
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> ArgumentError:

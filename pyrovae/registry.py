@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -51,6 +52,8 @@ class Registry(Mapping[str, type]):
         """Class decorator: enters ``cls`` under its own name and records each instance's arguments."""
         init = cls.__init__  # type: ignore[misc]
         signature = inspect.signature(init)
+        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+        options = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # the name of its ``**options``
 
         @functools.wraps(init)
         def recording_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +61,9 @@ class Registry(Mapping[str, type]):
             if type(self) is cls:
                 bound = signature.bind(self, *args, **kwargs)
                 bound.apply_defaults()
-                object.__setattr__(self, "_arguments", dict(list(bound.arguments.items())[1:]))
+                given = dict(list(bound.arguments.items())[1:])
+                given.update(given.pop(options, {}))
+                object.__setattr__(self, "_arguments", given)
 
         cls.__init__ = recording_init  # type: ignore[misc]
         self._classes[cls.__name__] = cls
@@ -94,13 +99,18 @@ SCHEDULES = Registry("schedule")
 def configuration(thing: Any) -> dict[str, Any] | None:
     """Name and arguments of an instance of a registered class, ready for JSON; ``None`` for anything else.
 
-    Arguments that are themselves registered (a schedule) are described in turn; a guide's model is left out,
-    since a run describes it once.
+    ``None`` too where an argument is a function or a tensor, which a configuration cannot hold. Arguments that are
+    themselves registered (a schedule) are described in turn; a guide's model is left out, since a run describes it
+    once.
     """
     arguments = getattr(thing, "_arguments", None)
     if arguments is None:
         return None
     described = {key: _described(value) for key, value in arguments.items() if key != "model"}
+    try:
+        json.dumps(described)
+    except TypeError:
+        return None
     return {"name": type(thing).__name__, "arguments": described}
 
 

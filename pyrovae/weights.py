@@ -18,7 +18,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import ModelGuideError, require_count
 from pyrovae.structure import Program, Site, check, independent_frames, sample_sites, say_plates
 
 __all__ = ["LogWeights", "log_weights"]
@@ -201,8 +201,7 @@ def log_weights(
         >>> torch.allclose(weights.log_w, exact.expand(3, 2))
         True
     """
-    if not isinstance(particles, int) or particles < 1:
-        raise ArgumentError(f"particles is {particles!r}; it must be a whole number, at least 1")
+    require_count("particles", particles)
     if max_plate_nesting is None:
         max_plate_nesting = check(model, guide, *args, **kwargs).max_plate_nesting
 

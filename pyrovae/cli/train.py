@@ -90,7 +90,8 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="p(z) of VAE: standard, N(0, I), or learnable, a Gaussian whose mean and scale are learned.",
+            help="p(z) of VAE: standard, N(0, I); learnable or full, a Gaussian whose mean and scales, or covariance,"
+            " are learned; or a flow: coupling, maf, radial, spline.",
             show_default="standard",
         ),
     ] = None,

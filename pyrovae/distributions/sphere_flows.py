@@ -122,7 +122,7 @@ class SphericalFlow(nn.Module):
         base: dist.TorchDistribution | None = None,
     ) -> None:
         super().__init__()
-        if not callable(flow) and not isinstance(flow, Transform):
+        if not callable(flow):
             raise ArgumentError(
                 f"flow is {flow!r}; it must be a module that gives a torch Transform on R^{{dim - 1}}, or a Transform"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 from torch.nn.functional import normalize
 
-from pyrovae.errors import ArgumentError
+from pyrovae.errors import ArgumentError, require_count
 
 __all__ = ["SphericalUniform", "VonMisesFisher"]
 
@@ -22,10 +22,7 @@ def _log_area(n: int) -> float:
 
 
 def _check_dim(name: str, n: object) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 2:
-        raise ArgumentError(
-            f"{name} is {n!r}; a sphere needs an ambient space R^n of n ≥ 2 dimensions (a whole number)"
-        )
+    require_count(name, n, 2, ", the number of dimensions of the space R^n that the sphere lies in")
 
 
 class SphericalUniform(TorchDistribution):
@@ -244,6 +241,7 @@ def _kl_to_uniform(q: VonMisesFisher) -> Tensor:
 # The normaliser
 
 _ORDER, _TERMS = 16, 10  # relative error below 1e-12 in log M − κ, measured for n from 2 to 1000, κ from 1e-3 to 1e5
+_LARGE = 20.0  # κ over n from which dA / dκ is a series in n / κ; its relative error is below 1e-6 for n to 1000
 
 
 def _log_normaliser(kappa: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -264,10 +262,22 @@ def _log_normaliser(kappa: Tensor, n: int) -> tuple[Tensor, Tensor]:
             ratio = 1.0 / (1.0 + kappa.square() / (4.0 * b * (b + 1.0)) * ratio)
             log_m = log_m - ratio.log()
         cosine = kappa / n * ratio
-        # dA / dκ = 1 − A² − (n − 1) A / κ, which is right to 1e-5 at κ = 1e4 and n = 2, and better elsewhere
-        slope = 1.0 - cosine.square() - (n - 1) / n * ratio
+        slope = 1.0 - cosine.square() - (n - 1) / n * ratio  # dA / dκ = 1 − A² − (n − 1) A / κ
+        slope = torch.where(kappa > _LARGE * n, _slope_far_out(kappa.clamp(min=_LARGE * n), n), slope)
     moved = kappa - kappa.detach()  # zero, with the gradients in closed form: shorter to trace than the recursion
     return log_m + (cosine - 1.0) * moved, cosine + slope * moved
+
+
+def _slope_far_out(kappa: Tensor, n: int) -> Tensor:
+    """``dA / dκ`` at κ far above n, where its terms nearly cancel: by the solution A = Σ c_j κ^-j of that equation."""
+    c = [1.0]
+    for j in range(1, _TERMS):
+        products = sum(c[i] * c[j - i] for i in range(1, j))
+        c.append(((j - n) * c[j - 1] - products) / 2)
+    inverse, series = 1.0 / kappa, torch.zeros_like(kappa)
+    for j in reversed(range(1, _TERMS)):
+        series = (series - j * c[j]) * inverse
+    return series * inverse
 
 
 def _expansion(kappa: Tensor, order: float) -> Tensor:

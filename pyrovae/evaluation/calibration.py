@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import ArgumentError, ModelGuideError, require_count
 from pyrovae.evaluation.likelihood import asking
 from pyrovae.progress import progress_bar
-from pyrovae.structure import Program, independent_frames, sample_sites
+from pyrovae.structure import Program, Site, independent_frames, sample_sites
 from pyrovae.training.programs import local_params
 
 __all__ = ["SBC", "posterior_samples", "sbc"]
@@ -49,8 +50,7 @@ class SBC:
     @property
     def counts(self) -> Tensor:
         """Histogram of the ranks, `bins x latents`."""
-        binned = self.ranks * self.bins // (self.draws + 1)
-        return torch.nn.functional.one_hot(binned, self.bins).sum(0).mT
+        return _tally(self.ranks * self.bins // (self.draws + 1), self.bins)
 
     @property
     def chi_square(self) -> Tensor:
@@ -60,16 +60,20 @@ class SBC:
         return torch.as_tensor(chisquare(self.counts.double().numpy(), axis=0).pvalue, dtype=torch.double)
 
     @property
+    def _below(self) -> Tensor:
+        """Number of ranks below 1, …, L, `draws x latents`."""
+        return _tally(self.ranks, self.draws + 1).cumsum(0)[:-1]
+
+    @property
     def ecdf(self) -> Tensor:
         """Share of the ranks below 1, …, L, `draws x latents`; it is uniform at (1, …, L) / (L + 1)."""
-        below = torch.arange(1, self.draws + 1)[:, None, None]
-        return (self.ranks < below).double().mean(1)
+        return self._below.double() / len(self.ranks)
 
     @property
     def ecdf_p(self) -> Tensor:
         """P-value of the largest deviation of the ECDF from the uniform one, `latents`."""
         null = _null_extremes(len(self.ranks), self.draws)
-        observed = _extremes((self.ecdf * len(self.ranks)).round().long().mT.numpy(), len(self.ranks), self.draws)
+        observed = _extremes(self._below.mT.numpy(), len(self.ranks), self.draws)
         # The +1 counts the observed ECDF itself, so that the test holds its level.
         at_most = np.searchsorted(null, observed, side="right")
         return torch.as_tensor((at_most + 1) / (len(null) + 1), dtype=torch.double)
@@ -147,7 +151,8 @@ def sbc(
     Raises:
         ArgumentError: an argument is out of range, the simulated observations cannot be put in the place of ``args``,
             or the samples have the wrong shape.
-        ModelGuideError: the model has no latent or no observed site, or the posterior lacks a latent site.
+        ModelGuideError: the model has no latent or no observed site or a ``pyro.factor``, or the posterior lacks a
+            latent site.
 
     References:
         Talts et al. 2018, https://arxiv.org/abs/1804.06788; Säilynoja et al. 2022 (the envelope),
@@ -165,17 +170,17 @@ def sbc(
         (True, True)
     """
     for name, value in dict(simulations=simulations, draws=draws, bins=bins).items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        require_count(name, value)
     if (draws + 1) % bins or bins < 2:
         raise ArgumentError(f"bins is {bins}; draws + 1 = {draws + 1} must be a multiple of it, and it of at least 2")
     ranks: list[Tensor] = []
     names: tuple[str, ...] = ()
     found = 0
     with asking(model, posterior, seed=seed), progress_bar(simulations, " simulations", progress) as bar:
-        place = arguments or _places(model, args)
+        sites = _observed_sites(model, args)
+        place = arguments or _places(sites, args)
         while found < simulations:
-            truth, observed, over = _simulate(model, args)
+            truth, observed, over = _simulate(model, args, sites.keys())
             samples = _samples(posterior, place(observed), truth, draws)
             names, part = _ranks(truth, samples, over)
             ranks.append(part)
@@ -217,18 +222,36 @@ def posterior_samples(guide: Program, *args: Any, draws: int = 1000) -> dict[str
     }
 
 
-def _simulate(model: Program, args: tuple[Any, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+def _tally(numbers: Tensor, size: int) -> Tensor:
+    """How often each of 0, …, size − 1 is in each column of `n x columns` whole numbers, `size x columns`."""
+    return numbers.new_zeros(size, numbers.shape[1]).scatter_add_(0, numbers, torch.ones_like(numbers))
+
+
+def _observed_sites(model: Program, args: tuple[Any, ...]) -> dict[str, Site]:
+    """The observed sites by name, of a model that can be run forward."""
+    sites = sample_sites(poutine.trace(model).get_trace(*args))
+    observed = {name: site for name, site in sites.items() if site["is_observed"]}
+    if not observed or len(observed) == len(sites):
+        raise ModelGuideError(
+            f"the model has the latent sites {sorted(sites.keys() - observed)} and the observed sites"
+            f" {sorted(observed)}; calibration needs some of both"
+        )
+    for name, site in observed.items():
+        if isinstance(site["fn"], Unit):
+            raise ModelGuideError(
+                f"site {name!r} is a pyro.factor: a run of the model forward leaves it out, so that its latents are not"
+                " draws from the prior. Write the factor as sample statements."
+            )
+    return observed
+
+
+def _simulate(
+    model: Program, args: tuple[Any, ...], observed: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
     """One run of the model forward: its latents, its observations, and the dimension of the independent plate.
 
     The dimension of a site's value that the plate occupies is given by site, and missing where there is no such plate.
     """
-    watched = sample_sites(poutine.trace(model).get_trace(*args))
-    observed = {name for name, site in watched.items() if site["is_observed"]}
-    if not observed or len(observed) == len(watched):
-        raise ModelGuideError(
-            f"the model has the latent sites {sorted(watched.keys() - observed)} and the observed sites"
-            f" {sorted(observed)}; calibration needs some of both"
-        )
     sites = sample_sites(poutine.trace(poutine.uncondition(model)).get_trace(*args))
     frames = independent_frames(list(sites.values()))
     over = {}
@@ -242,25 +265,23 @@ def _simulate(model: Program, args: tuple[Any, ...]) -> tuple[dict[str, Tensor],
     )
 
 
-def _places(model: Program, args: tuple[Any, ...]) -> Callable[[dict[str, Tensor]], tuple[Any, ...]]:
+def _places(observed: dict[str, Site], args: tuple[Any, ...]) -> Callable[[dict[str, Tensor]], tuple[Any, ...]]:
     """Puts the simulated observations where the model takes them from among its arguments."""
-    sites = sample_sites(poutine.trace(model).get_trace(*args))
     place = {}
-    for name, site in sites.items():
-        if site["is_observed"]:
-            at = [index for index, arg in enumerate(args) if arg is site["value"]]
-            if not at:
-                raise ArgumentError(
-                    f"observed site {name!r} gets none of the model's arguments as it is, so the simulated observations"
-                    " have no place among them; pass arguments=…, a function from a dictionary of the observations"
-                    " by site to the arguments"
-                )
-            place[name] = at[0]
+    for name, site in observed.items():
+        at = [index for index, arg in enumerate(args) if arg is site["value"]]
+        if not at:
+            raise ArgumentError(
+                f"observed site {name!r} gets none of the model's arguments as it is, so the simulated observations"
+                " have no place among them; pass arguments=…, a function from a dictionary of the observations"
+                " by site to the arguments"
+            )
+        place[name] = at[0]
 
-    def put(observed: dict[str, Tensor]) -> tuple[Any, ...]:
+    def put(simulated: dict[str, Tensor]) -> tuple[Any, ...]:
         given = list(args)
         for name, index in place.items():
-            given[index] = observed[name].detach()
+            given[index] = simulated[name].detach()
         return tuple(given)
 
     return put

@@ -9,7 +9,8 @@ import math
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import pyro
@@ -17,9 +18,9 @@ import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, NonFiniteError, PyrovaeError, unknown_name
+from pyrovae.errors import ArgumentError, NonFiniteError, PyrovaeError, require_count, require_positive, unknown_name
 from pyrovae.evaluation.importance import PSIS, draw_log_weights, point_masses, smoothed, weights_notes
-from pyrovae.evaluation.likelihood import asking
+from pyrovae.evaluation.likelihood import asking, mean_error
 from pyrovae.modes import device_of
 from pyrovae.objectives import ELBO
 from pyrovae.structure import Program
@@ -32,6 +33,12 @@ __all__ = ["GuideComparison", "GuideRow", "compare_guides"]
 GuideLike = str | Callable[..., Any]
 
 _COLUMNS = ("guide", "ELBO", "k̂", "efficiency", "seconds", "parameters")
+
+_ERRORS = 5.0  # standard errors that an ELBO may lie above the evidence
+_LUCK = (
+    12.0  # nats: an estimate of p(x) whose mean is right is e^12 times too large at most once in e^12 = 160 000 seeds
+)
+_COARSE = 1000.0  # nats of rounding in a log-weight, which no fit that came near a posterior has
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class GuideRow:
         parameters: number of the guide's learnable numbers.
         guide: the fitted guide.
         model: the model it was fitted with, a copy of the given one where that has parameters.
+        diverged: how the row shows that its fit diverged, so that its figures mean nothing; empty where it did not.
     """
 
     name: str
@@ -57,6 +65,7 @@ class GuideRow:
     parameters: int
     guide: Any
     model: Any
+    diverged: str = ""
 
     @property
     def k(self) -> float:
@@ -70,10 +79,13 @@ class GuideRow:
 
     def cells(self) -> tuple[str, ...]:
         """What the table shows of the row."""
+        cost = (f"{self.seconds:.1f}", f"{self.parameters:,}")
+        if self.diverged:
+            return (self.name, "diverged", "–", "–", *cost)
         k = f"{self.k:.2f}".replace("inf", "∞").replace("-", "−")
         error = f" ± {self.elbo_error:.3f}" if math.isfinite(self.elbo) else ""
         elbo = f"{self.elbo:.3f}{error}".replace("-", "−").replace("inf", "∞")
-        return (self.name, elbo, k, f"{self.efficiency:.3f}", f"{self.seconds:.1f}", f"{self.parameters:,}")
+        return (self.name, elbo, k, f"{self.efficiency:.3f}", *cost)
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,15 @@ class GuideComparison(Sequence[GuideRow]):
 
     @property
     def best(self) -> GuideRow:
-        """The row with the highest ELBO."""
-        return max(self.rows, key=lambda row: row.elbo)
+        """The row with the highest ELBO, of those whose fit did not diverge.
+
+        Raises:
+            NonFiniteError: every fit diverged.
+        """
+        sound = [row for row in self.rows if not row.diverged]
+        if not sound:
+            raise NonFiniteError("the fit of every guide diverged; take a smaller lr")
+        return max(sound, key=lambda row: row.elbo)
 
     @property
     def _header(self) -> tuple[str, ...]:
@@ -160,6 +179,10 @@ def compare_guides(
 
     .. math:: \mathcal{L}[q] = \log p(x) - \mathrm{KL}(q \,\|\, p(z \mid x))
 
+    A guide whose fit diverged is shown as such, with a note that says how it is known, and is never the best: its loss,
+    parameters or log-weights are not finite or lost in rounding; or its ELBO, which no guide's can, lies above the
+    log-evidence that a guide with a reliable k̂ gives, while its own k̂ is not reliable.
+
     Args:
         model: Pyro model. Where it is a module, each guide is fitted with a copy of its own; ``pyro.param`` statements
             start from their initial values, and the param store is left as it was.
@@ -182,7 +205,7 @@ def compare_guides(
 
     Raises:
         ArgumentError: an argument is out of range, or a guide cannot be made from the model.
-        PyrovaeError: whatever a fit raises; the message begins with the guide's name.
+        PyrovaeError: whatever else a fit raises; the message begins with the guide's name.
 
     References:
         Yao et al. 2018, https://arxiv.org/abs/1802.02538.
@@ -198,14 +221,15 @@ def compare_guides(
         >>> table.best.name
         'AutoMultivariateNormal'
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}; it must be a whole number, at least 1")
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 25:
-        raise ArgumentError(f"samples is {samples!r}; it must be a whole number, at least 25")
+    require_count("steps", steps)
+    require_count("samples", samples, 25)
+    require_positive("lr", lr)
     makers = _named(guides)
     place = device_of(model)
     shown = _arguments(data if evaluate is None else evaluate, place)
-    rows, notes = [], dict[str, None]()
+    rows: list[GuideRow] = []
+    notes = dict[str, None]()
+    of_model = False  # whether the model has parameters of its own
     for name, maker in makers.items():
         with _own_state(seed):
             try:
@@ -215,18 +239,29 @@ def compare_guides(
                     learned = named_parameters(own, guide, *shown)
                     numbers = sum(value.numel() for value in named_parameters(guide, guide, *shown).values())
                 torch.manual_seed(seed)
-                start = time.perf_counter()
+                start, diverged = time.perf_counter(), ""
+                said: tuple[str, ...] = ()
                 if learned:
                     loss = ELBO(gradient="auto") if objective is None else objective()
-                    _fit(own, guide, data, loss, steps, lr, batch_size, compile, seed, place)
+                    fitting = partial(_fit, own, guide, data, loss, steps, lr, batch_size, compile, seed, place)
+                    diverged = _diverged(fitting, learned)
                 seconds = time.perf_counter() - start
-                said, elbo, error, importance = _evaluated(own, guide, shown, samples, seed)
+                if diverged:
+                    elbo, error, importance = math.nan, math.nan, _unknown(samples)
+                else:
+                    said, elbo, error, importance, diverged = _evaluated(own, guide, shown, samples, seed)
             except PyrovaeError as cause:
                 raise type(cause)(f"guide {name!r}: {cause}") from cause
-        rows.append(GuideRow(name, elbo, error, importance, seconds, numbers, guide, own))
+        rows.append(GuideRow(name, elbo, error, importance, seconds, numbers, guide, own, diverged))
         notes.update(dict.fromkeys(said))
-        if any(key.startswith("model.") for key in learned):
-            notes["The model's own parameters were fitted with each guide: an ELBO tells of both together."] = None
+        of_model |= any(key.startswith("model.") for key in learned)
+    if of_model:
+        notes["The model's own parameters were fitted with each guide: an ELBO tells of both together."] = None
+    else:  # all rows have the same evidence
+        rows = _compared_with_evidence(rows)
+    for row in rows:
+        if row.diverged:
+            notes[f"The fit of {row.name!r} diverged: {row.diverged}. Take a smaller lr."] = None
     return GuideComparison(tuple(rows), any(row.importance.k.dim() > 0 for row in rows), tuple(notes))
 
 
@@ -323,24 +358,67 @@ def _fit(
             loss = svi.step(*args)
             adam.step()
     if not math.isfinite(loss):
-        raise NonFiniteError(f"the loss became {loss} within {steps} steps at lr={lr}; take a smaller lr")
+        raise NonFiniteError(f"the loss became {loss} within {steps} steps at lr={lr}")
+
+
+def _diverged(fitting: Callable[[], None], learned: Mapping[str, Tensor]) -> str:
+    """Fits, and says how the fit shows that it diverged; nothing where it does not."""
+    try:
+        fitting()
+    except (NonFiniteError, torch.linalg.LinAlgError) as cause:
+        return str(cause).splitlines()[0].rstrip(".")
+    broken = [name for name, value in learned.items() if not value.isfinite().all()]
+    return f"parameter {broken[0]!r} is not finite" if broken else ""
 
 
 def _evaluated(
     model: Program, guide: Any, args: tuple[Any, ...], samples: int, seed: int
-) -> tuple[tuple[str, ...], float, float, PSIS]:
-    """Notes, ELBO with its standard error, and the importance diagnostics."""
+) -> tuple[tuple[str, ...], float, float, PSIS, str]:
+    """Notes, ELBO with its standard error, the importance diagnostics, and how they show that the fit diverged."""
     with asking(model, guide, seed=seed):
         fixed = point_masses(guide, *args)
         if fixed:
             none, never = torch.tensor(0.0), torch.tensor(math.inf)
             note = f"A guide is a point mass at {', '.join(map(repr, fixed))}: its KL to the posterior is infinite."
-            return (note,), -math.inf, 0.0, PSIS(never, none, -never, none, samples, 0, (note,))
+            return (note,), -math.inf, 0.0, PSIS(never, none, -never, none, samples, 0, (note,)), ""
         notes, latent_dim = weights_notes(model, guide, args, {}, samples)
         log_w, rounding = draw_log_weights(model, guide, args, {}, samples)
+    if not (log_w < math.inf).all():
+        return (), math.nan, math.nan, _unknown(samples), "some of its log-weights are NaN or +∞"
     draws = log_w.flatten(1).mean(1) if log_w.dim() > 1 else log_w
-    found = smoothed(log_w, rounding, latent_dim, notes)
-    return notes, float(draws.mean()), float(draws.std()) / samples**0.5, found
+    elbo, error = float(draws.mean()), float(draws.std()) / samples**0.5
+    coarse = f"its log-weights are right to {rounding:.0e} nats only, the ELBO {elbo:.1e}" if rounding > _COARSE else ""
+    return notes, elbo, error, smoothed(log_w, rounding, latent_dim, notes), coarse
+
+
+def _unknown(samples: int) -> PSIS:
+    """The diagnostics of a guide that cannot be evaluated."""
+    nothing = torch.tensor(math.nan)
+    return PSIS(torch.tensor(math.inf), torch.tensor(0.0), nothing, nothing, samples, 0)
+
+
+def _compared_with_evidence(rows: list[GuideRow]) -> list[GuideRow]:
+    """Marks the rows that lie above the evidence, as importance sampling with the best of the other guides finds it.
+
+    A guide with a reliable k̂ is never marked: where two of them differ, the lower one missed a mode.
+    """
+    sound = [row for row in rows if not row.diverged and bool(row.importance.reliable.all())]
+    if not sound:
+        return rows
+    errors = [mean_error(row.importance.standard_error) for row in sound]
+    error, best = min(zip(errors, sound, strict=True), key=lambda pair: pair[0])
+    evidence = float(best.importance.log_evidence.mean())
+
+    def judged(row: GuideRow) -> GuideRow:
+        if row.diverged or row in sound:
+            return row
+        lucky = float(row.importance.log_evidence.mean()) - _LUCK - _ERRORS * error
+        if max(row.elbo - _ERRORS * math.hypot(row.elbo_error, error), lucky) <= evidence:
+            return row
+        said = f"its ELBO {row.elbo:.1f} and log-evidence estimate {float(row.importance.log_evidence.mean()):.1f}"
+        return replace(row, diverged=f"{said} lie above the log-evidence {evidence:.1f} that {best.name!r} gives")
+
+    return [judged(row) for row in rows]
 
 
 def _width(text: str) -> int:

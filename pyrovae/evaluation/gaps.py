@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import ArgumentError, ModelGuideError, require_count, require_positive
 from pyrovae.evaluation.importance import draw_log_weights, smoothed
 from pyrovae.evaluation.likelihood import asking, mean_error
 from pyrovae.modes import device_of, evaluating
 from pyrovae.progress import progress_bar
 from pyrovae.structure import Program, check
 from pyrovae.training.data import Data, batches
-from pyrovae.weights import log_weights
+from pyrovae.weights import Through, log_weights
 
 __all__ = ["Gaps", "gaps", "local_parameters"]
 
@@ -99,13 +99,18 @@ def gaps(
         \log \hat p(x_n) = \log \frac{1}{K} \sum_k \frac{p(x_n, z_k)}{q^*_n(z_k)}, \quad z_k \sim q^*_n
 
     q* is found for a whole batch at once: Adam with a cosine schedule from the encoder's proposal, with a gradient
-    whose variance vanishes at the posterior (sticking the landing). Both ELBOs use the same random numbers, and
-    the ELBO of q* the same draws as ``log p̂``, so that the gaps are more precise than their parts.
+    whose variance vanishes at the posterior (sticking the landing; the plain pathwise one for a flow whose inverse is
+    slow or missing). Both ELBOs use the same random numbers, and the ELBO of q* the same draws as ``log p̂``, so that
+    the gaps are more precise than their parts.
 
     The guide has ``encode(x)``, which returns a distribution of batch shape `n`, and ``sample(q)``, which runs its
-    sample statements. The family is that of the distribution: those with unconstrained or transformable
-    parameters (diagonal, full and low-rank Normal, Beta, Gamma, …) need nothing more, others join by
-    :func:`local_parameters`. What ``sample(q)`` computes from q by networks of its own stays amortized.
+    sample statements. Where it also has ``propose(x)`` and ``posterior(raw)`` (most amortized guides of
+    ``pyrovae.guides``), the family is all that ``posterior`` makes of any numbers ``raw``, and these are optimized for
+    each data point. Of a flow they are base mean, base scale and context; the networks by which the context steers
+    the flow are shared by all data points and stay as they are, so that what they cannot do counts as approximation.
+    For any other guide the family is that of the distribution: those with unconstrained or transformable parameters
+    (diagonal, full and low-rank Normal, Beta, Gamma, …) need nothing more, others join by :func:`local_parameters`.
+    What ``sample(q)`` computes from q by networks of its own stays amortized.
 
     Args:
         model: Pyro model, called with a minibatch.
@@ -140,13 +145,11 @@ def gaps(
         >>> bool(found.amortization.mean() > 0)   # the encoder is untrained
         True
     """
-    counts = dict(steps=steps, particles=particles, optimization_particles=optimization_particles)
-    for name, value in {**counts, "batch_size": batch_size}.items():
-        least = 25 if name == "particles" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ArgumentError(f"{name} is {value!r}; it must be a whole number, at least {least}")
-    if not 0.0 < lr < math.inf:
-        raise ArgumentError(f"lr is {lr!r}; it must be a finite number above 0")
+    require_count("steps", steps)
+    require_count("particles", particles, 25)
+    require_count("optimization_particles", optimization_particles)
+    require_count("batch_size", batch_size)
+    require_positive("lr", lr)
     if not (hasattr(guide, "encode") and hasattr(guide, "sample")):
         raise ArgumentError(
             f"guide is a {type(guide).__name__} without encode(x) and sample(q); gaps are those of an amortized guide,"
@@ -196,10 +199,7 @@ def local_parameters(q: Any) -> tuple[list[Tensor], Rebuild]:
         tensor([1., 1., 1.])
     """
     if not getattr(q, "has_rsample", False) or not q.arg_constraints:
-        raise ArgumentError(
-            f"the guide's posterior is a {type(q).__name__}, whose parameters for one data point gaps cannot optimize;"
-            " register a function for its class with pyrovae.evaluation.local_parameters.register"
-        )
+        raise _not_optimizable(q)
     return _by_constraints(q, list(q.arg_constraints))
 
 
@@ -225,13 +225,32 @@ def _by_constraints(q: Any, names: list[str]) -> tuple[list[Tensor], Rebuild]:
     return free, rebuild
 
 
-class _Local(nn.Module):
-    """A guide with free posterior parameters for each data point of one batch, from an encoder's proposal."""
+def _family(guide: Any, x: Tensor) -> tuple[list[Tensor], Rebuild]:
+    """The guide's family for a batch: the free parameters that the encoder proposes, and how they make a member."""
+    if not (hasattr(guide, "propose") and hasattr(guide, "posterior")):
+        return local_parameters(guide.encode(x))
+    raw = guide.propose(x)
+    q = guide.posterior(raw)
+    for each in q.values() if isinstance(q, dict) else (q,):
+        if not each.has_rsample:
+            raise _not_optimizable(each)
+    return [raw], lambda tensors: guide.posterior(tensors[0])
 
-    def __init__(self, guide: Any, q: Any) -> None:
+
+def _not_optimizable(q: Any) -> ArgumentError:
+    return ArgumentError(
+        f"the guide's posterior is a {type(q).__name__}, whose parameters for one data point gaps cannot optimize;"
+        " register a function for its class with pyrovae.evaluation.local_parameters.register"
+    )
+
+
+class _Local(nn.Module):
+    """A guide with free posterior parameters for each data point of a batch."""
+
+    def __init__(self, guide: Any, free: list[Tensor], rebuild: Rebuild) -> None:
         super().__init__()
-        free, self.rebuild = local_parameters(q)
-        self.free = nn.ParameterList(free)
+        self.free = nn.ParameterList(tensor.clone() for tensor in free)
+        self.rebuild = rebuild
         self.sample = guide.sample  # the method: the guide's own parameters are none of these
 
     def forward(self, x: Tensor) -> Any:
@@ -242,8 +261,8 @@ def _of_batch(
     model: Program, guide: Any, x: Tensor, steps: int, lr: float, particles: int, optimization_particles: int
 ) -> tuple[Gaps, float]:
     """The gaps of a batch, and by how much the mean ELBO still rose late in the optimization, in nats."""
-    q = guide.encode(x)
-    local = _Local(guide, q)
+    free, rebuild = _family(guide, x)
+    q, local = rebuild(free), _Local(guide, free, rebuild)
     rise = _optimize(model, local, x, steps, lr, optimization_particles)
     draws = int(torch.randint(2**31, ()))
     with evaluating(model, guide, seed=draws):
@@ -276,13 +295,16 @@ def _optimize(model: Program, local: _Local, x: Tensor, steps: int, lr: float, p
 
     Less than a fiftieth of the whole rise counts as none.
     """
-    nesting = check(model, local, x).max_plate_nesting
+    structure = check(model, local, x)
+    through: Through = "path" if structure.quick else "both"
     parameters = list(local.parameters())
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bounds = []
     for _ in range(steps):
-        weights = log_weights(model, local, x, particles=particles, through="path", max_plate_nesting=nesting)
+        weights = log_weights(
+            model, local, x, particles=particles, through=through, max_plate_nesting=structure.max_plate_nesting
+        )
         if [size for _, size in weights.plates] != [len(x)]:
             raise ModelGuideError(
                 f"the weights of model and guide are over the plates {dict(weights.plates)}, but gaps need one weight"

@@ -12,10 +12,10 @@ from pyro.distributions import Delta
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError, ModelGuideError
-from pyrovae.evaluation.likelihood import asking, mean_error
+from pyrovae.errors import ModelGuideError, require_count
+from pyrovae.evaluation.likelihood import asking, mean_error, require_plain
 from pyrovae.structure import Program, check, dry_run, independent_frames, sample_sites
-from pyrovae.weights import LogWeights, log_weights
+from pyrovae.weights import log_weights
 
 __all__ = ["PSIS", "pareto_smooth", "psis"]
 
@@ -146,8 +146,7 @@ def psis(model: Program, guide: Program, *args: Any, samples: int = 4000, seed: 
         >>> 0.5 < found.k < 0.9, found.efficiency < 0.5
         (tensor(True), tensor(True))
     """
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 25:
-        raise ArgumentError(f"samples is {samples!r}; it must be a whole number, at least 25 for a tail to fit")
+    require_count("samples", samples, 25, " for a tail to fit")
     with asking(model, guide, seed=seed):
         fixed = point_masses(guide, *args, **kwargs)
         if fixed:
@@ -286,15 +285,6 @@ def _is_delta(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
-
-
-def require_plain(weights: LogWeights) -> None:
-    """Refuses log-densities that are scaled: their ratio is no importance weight."""
-    if not isinstance(weights.scale, float) or weights.scale != 1.0:
-        raise ModelGuideError(
-            "the model scales its log-densities (a subsampled plate, or poutine.scale), so that their ratio is no"
-            " importance weight. Build model and guide for the data they are evaluated on, without subsample_size."
-        )
 
 
 def weights_notes(

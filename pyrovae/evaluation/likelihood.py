@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae.devices import resolve_device
-from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.errors import ArgumentError, ModelGuideError, require_count
 from pyrovae.modes import device_of, evaluating
 from pyrovae.progress import progress_bar
 from pyrovae.structure import Program, check
@@ -136,8 +136,7 @@ def log_likelihood(
         >>> result.values.shape, result.mean > -100
         (torch.Size([300]), True)
     """
-    if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
-        raise ArgumentError(f"particles is {particles!r}; it must be a whole number, at least 1")
+    require_count("particles", particles)
     place = resolve_device(device) if device is not None else device_of(model, guide)
     check_compile(compile)
     _keep_freed_memory()
@@ -146,7 +145,7 @@ def log_likelihood(
         first = source.first()
         nesting = check(model, guide, *first).max_plate_nesting
         probe = log_weights(model, guide, *first, max_plate_nesting=nesting)
-        _check_scale(probe)
+        require_plain(probe)
         if not probe.plates:  # one evidence of all data together
             source = _source(model, data, source.size, place)
             if source.steps > 1:
@@ -217,11 +216,12 @@ def _source(model: Program, data: Data, size: int, place: torch.device) -> Batch
     return batches(data, None if own_size else size, place, None, "data", getattr(model, "likelihood", None))
 
 
-def _check_scale(probe: LogWeights) -> None:
-    if not isinstance(probe.scale, float) or probe.scale != 1.0:
+def require_plain(weights: LogWeights) -> None:
+    """Refuses log-densities that are scaled: their ratio is no importance weight."""
+    if not isinstance(weights.scale, float) or weights.scale != 1.0:
         raise ModelGuideError(
-            "the model scales its log-densities (a subsampled data plate, or poutine.scale); a log-likelihood needs the"
-            " plain ones. Build the model for the data it is evaluated on, without subsample_size."
+            "the model scales its log-densities (a subsampled plate, or poutine.scale), so that their ratio is no"
+            " importance weight. Build model and guide for the data they are evaluated on, without subsample_size."
         )
 
 

@@ -11,8 +11,8 @@ from torch.distributions import Transform
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
-from pyrovae.errors import ArgumentError
-from pyrovae.flows.layers import SMALL, Layer, at_least
+from pyrovae.errors import require_count, require_positive
+from pyrovae.flows.layers import SMALL, Layer
 from pyrovae.flows.transforms import Chain
 
 __all__ = ["IAF", "MAF", "Coupling", "NeuralSpline"]
@@ -63,7 +63,7 @@ class _Autoregressive(Layer):
         super().__init__(features, context)
         order = torch.arange(features)
         network: dict[str, Any] = {
-            "hidden_features": [at_least(1, "hidden", width) for width in hidden],
+            "hidden_features": [require_count("hidden", width) for width in hidden],
             "activation": nn.ELU,
         }
         self.net = MaskedAutoregressiveTransform(
@@ -225,9 +225,8 @@ class NeuralSpline(_Autoregressive):
         bound: float = 5.0,
         reverse: bool = False,
     ) -> None:
-        at_least(2, "bins", bins)
-        if not 0.0 < bound < float("inf"):
-            raise ArgumentError(f"bound is {bound!r}; it must be a finite number above 0, in units of the base")
+        require_count("bins", bins, 2)
+        require_positive("bound", bound, ", in units of the base")
 
         def spline(*parameters: Tensor) -> Transform:
             return MonotonicRQSTransform(*parameters, bound=bound)

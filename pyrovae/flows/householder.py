@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrovae.flows.layers import SMALL, Parametrized, at_least
+from pyrovae.errors import require_count
+from pyrovae.flows.layers import SMALL, Parametrized
 from pyrovae.flows.transforms import FlowTransform
 
 __all__ = ["Householder", "paired_normals", "reflect"]
@@ -83,5 +84,5 @@ class Householder(Parametrized):
     kind = _HouseholderTransform
 
     def __init__(self, features: int, context: int = 0, hidden: Sequence[int] = (), reflections: int = 2) -> None:
-        at_least(1, "reflections", reflections)
+        require_count("reflections", reflections)
         super().__init__(features, context, hidden, normals=paired_normals(reflections, features))

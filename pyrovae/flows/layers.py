@@ -11,10 +11,10 @@ import zuko
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from pyrovae.errors import ArgumentError
+from pyrovae.errors import ArgumentError, require_count
 from pyrovae.flows.transforms import FlowTransform
 
-__all__ = ["SMALL", "Layer", "Parametrized", "at_least"]
+__all__ = ["SMALL", "Layer", "Parametrized"]
 
 SMALL = 0.01  # scale of what moves a layer away from the identity at the start
 
@@ -37,8 +37,8 @@ class Layer(zuko.lazy.LazyTransform):
 
     def __init__(self, features: int, context: int) -> None:
         super().__init__()
-        self.features = at_least(1, "features", features)
-        self.context = at_least(0, "context", context)
+        self.features = require_count("features", features)
+        self.context = require_count("context", context, 0)
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """The transform of `*batch x features` vectors, given a context `*batch x context`, or ``None``."""
@@ -73,7 +73,7 @@ class Parametrized(Layer):
 
     def __init__(self, features: int, context: int, hidden: Sequence[int], **initial: Tensor) -> None:
         super().__init__(features, context)
-        widths = [at_least(1, "hidden", width) for width in hidden]
+        widths = [require_count("hidden", width) for width in hidden]
         self.shapes = {name: value.shape for name, value in initial.items()}
         if self.context:
             flat = torch.cat([value.flatten() for value in initial.values()])
@@ -99,10 +99,3 @@ class Parametrized(Layer):
             name: part.reshape(*part.shape[:-1], *shape)
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
-
-
-def at_least(least: int, argument: str, given: object) -> int:
-    """The given number, or an error unless it is a whole one and not below ``least``."""
-    if not isinstance(given, int) or isinstance(given, bool) or given < least:
-        raise ArgumentError(f"{argument} is {given!r}; it must be a whole number, at least {least}")
-    return given

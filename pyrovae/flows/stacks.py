@@ -10,10 +10,10 @@ import zuko
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyrovae.errors import unknown_name
+from pyrovae.errors import require_count, unknown_name
 from pyrovae.flows.autoregressive import IAF, MAF, Coupling, NeuralSpline
 from pyrovae.flows.householder import Householder
-from pyrovae.flows.layers import Layer, at_least
+from pyrovae.flows.layers import Layer
 from pyrovae.flows.planar import Planar, Radial
 from pyrovae.flows.sylvester import Sylvester
 from pyrovae.flows.transforms import Chain
@@ -110,6 +110,6 @@ def stack(name: str, features: int, depth: int, context: int = 0, **options: Any
         (torch.Size([7, 3]), torch.Size([7]))
     """
     kind = family(name, options)
-    at_least(1, "depth", depth)
+    require_count("depth", depth)
     orders = [{"reverse": bool(layer % 2)} if kind.reverses else {} for layer in range(depth)]
     return Stack(*(kind(features, context, **order, **options) for order in orders))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.errors import ArgumentError, require_count, unknown_name
 from pyrovae.flows.householder import paired_normals, reflect
-from pyrovae.flows.layers import SMALL, Parametrized, at_least
+from pyrovae.flows.layers import SMALL, Parametrized
 from pyrovae.flows.transforms import FlowTransform
 
 __all__ = ["Sylvester"]
@@ -139,15 +139,15 @@ class Sylvester(Parametrized):
         for argument, given, owner in (("columns", columns, "orthogonal"), ("reflections", reflections, "householder")):
             if given is not None and kind != owner:
                 raise ArgumentError(f"{argument} is {given!r}; it is for kind={owner!r}, not {kind!r}. Leave it out.")
-        at_least(1, "features", features)
+        require_count("features", features)
         units, rotation = features, {}
         if kind == "orthogonal":
-            units = at_least(1, "columns", min(features, 32) if columns is None else columns)
+            units = require_count("columns", min(features, 32) if columns is None else columns)
             if units > features:
                 raise ArgumentError(f"columns is {columns}; it must be at most features, {features}")
             rotation = {"columns": torch.randn(features, units)}
         elif kind == "householder":
-            count = at_least(1, "reflections", 4 if reflections is None else reflections)
+            count = require_count("reflections", 4 if reflections is None else reflections)
             rotation = {"normals": paired_normals(count, features)}
         square = SMALL * torch.randn(units, units)
         triangles = {"square": square, "diagonal": torch.ones(units), "bias": torch.zeros(units)}

@@ -12,7 +12,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError
+from pyrovae.errors import require_count
 from pyrovae.structure import Program, Structure, check
 from pyrovae.weights import LogWeights, Through, log_weights
 
@@ -57,8 +57,7 @@ class Objective(PyroELBO):
     """The estimator in use: ``gradient``, or what ``"auto"`` chose when it saw model and guide."""
 
     def __init__(self, particles: int = 1) -> None:
-        if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
-            raise ArgumentError(f"particles is {particles!r}; it must be a whole number, at least 1")
+        require_count("particles", particles)
         super().__init__(num_particles=particles, vectorize_particles=True)
         self.particles = particles
         self.step = torch.zeros((), dtype=torch.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError
+from pyrovae.errors import ArgumentError, require_count
 from pyrovae.registry import SCHEDULES
 
 __all__ = ["LinearWarmup"]
@@ -35,8 +35,7 @@ class LinearWarmup:
     """
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ArgumentError(f"steps is {steps!r}; it must be a whole number of gradient steps, at least 1")
+        require_count("steps", steps, 1, " gradient step")
         for name, value in (("start", start), ("end", end)):
             if not 0.0 <= value < float("inf"):
                 raise ArgumentError(f"{name} is {value!r}; a coefficient must be finite and at least 0")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.errors import ArgumentError, require_count, unknown_name
 from pyrovae.objectives.base import Estimate
 from pyrovae.objectives.multisample import MultiSample, elbo_parts
 from pyrovae.registry import OBJECTIVES
@@ -67,8 +67,7 @@ class TVO(MultiSample):
         super().__init__(particles, "score")
         if particles < 2:
             raise ArgumentError("particles is 1; the covariance gradient of TVO needs particles=2 or more")
-        if not isinstance(partitions, int) or isinstance(partitions, bool) or partitions < 1:
-            raise ArgumentError(f"partitions is {partitions!r}; it must be a whole number, at least 1")
+        require_count("partitions", partitions)
         if schedule not in ("log", "linear"):
             raise unknown_name("schedule of TVO", schedule, ("log", "linear"))
         if not 0.0 < beta_min < 1.0:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyrovae.errors import ArgumentError, DataError
+from pyrovae.errors import ArgumentError, DataError, require_count
 from pyrovae.modes import evaluating
 from pyrovae.plots.images import grid_figsize, image_grid, image_shape, intensities, label_columns, label_rows
 from pyrovae.plots.interfaces import Decoder, Encoder
@@ -64,7 +64,7 @@ def reconstructions(model: Decoder, guide: Encoder, x: Tensor, ax: Axes | None =
     """
     height, width = _image_size(model)
     require_data(x, tuple(model.data_shape))
-    _require_at_least("count", count, 1)
+    require_count("count", count)
     x = x[:count]
     originals = intensities(x, "x")
     with evaluating(model, guide, seed=0) as device:
@@ -109,7 +109,7 @@ def samples(model: Decoder, count: int = 64, ax: Axes | None = None, *, seed: in
         'Samples from the prior'
     """
     _image_size(model)
-    _require_at_least("count", count, 1)
+    require_count("count", count)
     with evaluating(model, seed=seed):
         decoded = decode_means(model, attribute_of(model, "model", "prior")().sample((count,)))
     return image_grid(decoded, ax, title="Samples from the prior")
@@ -154,7 +154,7 @@ def manifold(model: Decoder, ax: Axes | None = None, size: int = 15, *, dims: tu
         'latent dimension 0'
     """
     height, width = _image_size(model)
-    _require_at_least("size", size, 2)
+    require_count("size", size, 2)
     across, up = _require_dims(dims, attribute_of(model, "model", "latent_dim"))
     with evaluating(model, seed=0):
         _require_real(attribute_of(model, "model", "prior")(), "prior")
@@ -211,7 +211,7 @@ def interpolation(
         (4, 59)
     """
     height, width = _image_size(model)
-    _require_at_least("steps", steps, 2)
+    require_count("steps", steps, 2)
     event = tuple(model.data_shape)
     for name, point in (("x0", x0), ("x1", x1)):
         if tuple(point.shape) != event:
@@ -231,11 +231,6 @@ def interpolation(
 
 def _image_size(model: Decoder) -> tuple[int, int]:
     return image_shape(attribute_of(model, "model", "data_shape"))
-
-
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ArgumentError(f"{name}={value}, but must be at least {least}")
 
 
 def _require_dims(dims: tuple[int, int], latent_dim: int) -> tuple[int, int]:

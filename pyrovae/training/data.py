@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrovae.datasets import Split
-from pyrovae.errors import ArgumentError, DataError
+from pyrovae.errors import ArgumentError, DataError, require_count
 
 __all__ = ["Batches", "Data", "Key", "Resident", "batches", "key_of"]
 
@@ -181,8 +181,8 @@ def batches(
         DataError: empty data, NaN or infinities, tensors of different length, values outside the support.
         ArgumentError: ``data`` is of another kind, or ``batch_size`` is out of range.
     """
-    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-        raise ArgumentError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
+    if batch_size is not None:
+        require_count("batch_size", batch_size)
     if isinstance(data, DataLoader):
         if batch_size is not None:
             raise ArgumentError(f"batch_size={batch_size} was given with a DataLoader, which has its own; leave it out")

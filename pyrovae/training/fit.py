@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 from torch.utils.data import DataLoader
 
 from pyrovae.devices import resolve_device
-from pyrovae.errors import ArgumentError, DataError, RunError
+from pyrovae.errors import ArgumentError, DataError, RunError, require_count, require_positive
 from pyrovae.objectives import ELBO, Objective
 from pyrovae.registry import configuration
 from pyrovae.structure import Program, check, check_enumerated, data_size
@@ -127,9 +126,10 @@ def fit(
     """
     objective = ELBO() if objective is None else objective
     _check_arguments(objective, callbacks, clip_norm, precision, compile, seed)
-    _check_counts(
-        epochs=epochs, checkpoint_every=checkpoint_every, early_stopping=1 if early_stopping is None else early_stopping
-    )
+    require_count("epochs", epochs)
+    require_count("checkpoint_every", checkpoint_every)
+    if early_stopping is not None:
+        require_count("early_stopping", early_stopping)
     if early_stopping is not None and validation is None:
         raise ArgumentError("early_stopping needs data to watch: pass validation=…, or leave early_stopping out")
     place = resolve_device(device)
@@ -280,20 +280,12 @@ def _check_arguments(objective: Any, callbacks: Any, clip_norm: Any, precision: 
         )
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise ArgumentError(f"callbacks is {callbacks!r}; it must be a list of functions of a run")
-    number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool) and 0.0 < clip_norm < math.inf
-    if clip_norm is not None and not number:
-        raise ArgumentError(f"clip_norm is {clip_norm!r}; it must be a finite number above 0, or None")
+    if clip_norm is not None:
+        require_positive("clip_norm", clip_norm, ", or None")
     if precision not in ("float32", "bf16"):
         raise ArgumentError(f"precision is {precision!r}; it must be 'float32' or 'bf16'")
     check_compile(compile)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ArgumentError(f"seed is {seed!r}; it must be a whole number, at least 0")
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    require_count("seed", seed, 0)
 
 
 def _warn_without_gradient(step: EagerStep, batch: tuple[torch.Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.errors import ArgumentError, require_positive, unknown_name
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Constant", "OptimizerSpec", "ScheduleSpec", "make_optimizer", "make_schedule"]
 
@@ -64,8 +64,7 @@ def make_optimizer(spec: OptimizerSpec, parameters: list[Tensor], lr: float) -> 
         >>> make_optimizer("adamw", [torch.zeros(2, requires_grad=True)], lr=0.01).defaults["lr"]
         0.01
     """
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0.0 < lr < math.inf:
-        raise ArgumentError(f"lr is {lr!r}; it must be a finite number above 0")
+    require_positive("lr", lr)
     if isinstance(spec, str):
         if spec not in OPTIMIZERS:
             raise unknown_name("optimizer", spec, OPTIMIZERS)

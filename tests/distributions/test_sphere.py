@@ -137,6 +137,19 @@ def test_normaliser_at_zero_and_its_derivative():
         torch.testing.assert_close(slope + 1, cosine.detach(), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 20, 1000])
+def test_the_slope_of_the_mean_cosine_where_its_terms_cancel(n):
+    """A = 1 − a/κ + a(n − 3)/(4κ²) + a(n − 3)/(4κ³) + …, a = (n − 1)/2, at κ so large that no further term counts."""
+    kappa = torch.tensor([1e6, 1e7, 1e8, 1e12], dtype=torch.float64)[int(n > 100) :].requires_grad_()
+    (slope,) = torch.autograd.grad(_log_normaliser(kappa, n)[1].sum(), kappa)
+    k, a = kappa.detach(), (n - 1) / 2
+    torch.testing.assert_close(slope, a / k**2 - a * (n - 3) / (2 * k**3), rtol=1e-6, atol=0)
+    closed = torch.logspace(0, 12, 121, dtype=torch.float64).requires_grad_()  # n = 3: A = coth κ − 1/κ
+    (slope,) = torch.autograd.grad(_log_normaliser(closed, 3)[1].sum(), closed)
+    exact = closed**-2 - closed.clamp(max=300.0).sinh() ** -2 * (closed < 300)
+    torch.testing.assert_close(slope, exact.detach(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("kappa", [0.0, 0.3, 4.0, 15.0])
 def test_normalised_with_the_moments_and_kl_of_its_density(n, kappa):

@@ -220,6 +220,13 @@ def test_bad_arguments_are_named(given, words):
         sbc(model, posterior(), torch.zeros(2), **given)
 
 
+def tilted(x):
+    """Run forward, it draws z from another prior than the one it scores."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("tilt", -z.square().sum(-1))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
 def test_posteriors_of_another_kind_are_refused():
     x = torch.zeros(2)
     with pytest.raises(ModelGuideError, match="lacks the model's latent site 'z'"):
@@ -230,6 +237,8 @@ def test_posteriors_of_another_kind_are_refused():
         sbc(model, lambda x: math.pi, x)
     with pytest.raises(ModelGuideError, match="calibration needs some of both"):
         sbc(lambda x: pyro.sample("z", dist.Normal(x, 1.0)), posterior(), x)
+    with pytest.raises(ModelGuideError, match=r"site 'tilt' is a pyro\.factor"):
+        sbc(tilted, posterior(), x)
     with pytest.raises(ArgumentError, match="coverage is 1.5"):
         rank_histograms(50, 1).envelope(1.5)
 

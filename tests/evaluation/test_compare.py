@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 import pyrovae
-from pyrovae.errors import ArgumentError, NonFiniteError
+from pyrovae.errors import ArgumentError, ModelGuideError, NonFiniteError
 from pyrovae.evaluation.compare import compare_guides
 from pyrovae.guides import AmortizedNormal
 from pyrovae.models import VAE
@@ -168,5 +171,95 @@ def test_bad_numbers_and_failed_fits_name_the_guide():
     with pytest.raises(ArgumentError, match="samples is 10"):
         compare_guides(target, (), [AutoNormal], samples=10)
 
-    with pytest.raises(NonFiniteError, match="guide 'AutoNormal': the loss became"):
-        compare_guides(target, (), [AutoNormal], steps=3, lr=1e30)
+    with pytest.raises(ArgumentError, match="lr is -1.0"):
+        compare_guides(target, (), [AutoNormal], lr=-1.0)
+    with pytest.raises(ModelGuideError, match="guide 'other': the guide lacks"):
+        compare_guides(target, (), {"other": lambda model: lambda: None}, steps=3)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fits that diverged
+
+
+def test_a_guide_that_diverges_is_shown_as_such_beside_the_others():
+    """Adam's first step of 100 takes log-scales where single precision ends; nothing is learnt of the exact guide."""
+    guides = {
+        "field": AutoNormal,
+        "factor": lambda model: AutoLowRankMultivariateNormal(model, rank=1),  # a Cholesky factor fails
+        "exact": lambda model: exact_guide,
+    }
+    table = compare_guides(target, (), guides, steps=20, lr=100.0)
+    assert table.best.name == "exact"
+    for name in ("field", "factor"):
+        assert table[name].diverged
+        assert table[name].cells()[1:4] == ("diverged", "–", "–")
+        assert f"note: The fit of '{name}' diverged: " in repr(table)
+    assert not table["exact"].diverged
+    assert table._repr_html_().count("<td>diverged</td>") == 2
+    with pytest.raises(NonFiniteError, match="every guide diverged"):
+        _ = compare_guides(target, (), [AutoNormal], steps=20, lr=100.0).best
+
+
+def test_a_diverged_fit_on_minibatches_is_shown_as_such():
+    digits = pyrovae.datasets.load("digits")
+    model = VAE(data_shape=(8, 8), latent_dim=2, hidden=(16,))
+    table = compare_guides(model, digits.train, ["AmortizedNormal"], steps=30, lr=1e20, batch_size=100, compile=False)
+    assert table[0].diverged
+
+
+class Misjudged(dist.MultivariateNormal):
+    """A Gaussian that loses its density where its first coordinate is large."""
+
+    def __init__(self, loss):
+        super().__init__(torch.zeros(3), COVARIANCE)
+        self.loss = loss
+
+    def expand(self, batch_shape, _instance=None):
+        return dist.TorchDistribution.expand(self, batch_shape)
+
+    def log_prob(self, value):
+        return super().log_prob(value) - self.loss * value[..., 0].abs()
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (30.0, "lie above the log-evidence -?0.0 that 'exact' gives"),  # ELBO 24
+        (1e27, r"right to \d+e\+20 nats only"),
+        (float("inf"), "NaN or"),
+    ],
+)
+def test_an_impossible_bound_is_never_the_best(loss, words):
+    guides = {"wrong": lambda model: lambda: pyro.sample("z", Misjudged(loss)), "exact": lambda model: exact_guide}
+    table = compare_guides(target, (), guides, steps=5)
+    assert table.best.name == "exact"
+    assert re.search(words, table["wrong"].diverged)
+
+
+def test_a_poor_guide_did_not_diverge():
+    """Far below the evidence with an unreliable k̂, and no fit at all."""
+    narrow = dist.MultivariateNormal(torch.zeros(3), 0.001 * COVARIANCE)
+    guides = {"narrow": lambda model: lambda: pyro.sample("z", narrow), "exact": lambda model: exact_guide}
+    table = compare_guides(target, (), guides, steps=5)
+    assert not table["narrow"].importance.reliable
+    assert not table["narrow"].diverged
+    assert table["narrow"].elbo < -5
+
+
+def test_a_guide_that_finds_more_modes_than_another_did_not_diverge():
+    """Importance sampling with a guide of one mode, reliable by its k̂, misses the mass of the other."""
+    weights = dist.Categorical(torch.tensor([0.05, 0.95]))
+
+    def bimodal():
+        parts = dist.Normal(torch.tensor([-10.0, 10.0]), torch.ones(2))
+        pyro.sample("z", dist.MixtureSameFamily(weights, parts))
+
+    guides = {
+        "minor": lambda model: lambda: pyro.sample("z", dist.Normal(torch.tensor(-10.0), 1.0)),
+        "both": lambda model: bimodal,
+    }
+    table = compare_guides(bimodal, (), guides, steps=5)
+    assert table["minor"].importance.reliable
+    assert table["minor"].elbo == pytest.approx(math.log(0.05), abs=0.01)
+    assert table.best.name == "both"
+    assert not table["both"].diverged

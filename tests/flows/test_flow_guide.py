@@ -196,7 +196,9 @@ def test_a_state_of_another_model_is_refused() -> None:
     guide, again = made("iaf"), made("iaf")
     guide(data())
     again.load_state_dict(guide.state_dict())
-    with pytest.raises(ModelGuideError, match="is of 10 unconstrained latents, and the model has 7"):
+    with pytest.raises(
+        ModelGuideError, match="(?s)the loaded state of guide Flow does not fit this model .*size mismatch"
+    ):
         again(data()[:5])
 
 
@@ -297,12 +299,37 @@ def target(request: pytest.FixtureRequest) -> tuple[Callable[[], None], float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "depth"), [("planar", 8), ("sylvester", 4), ("iaf", 2), ("maf", 2), ("coupling", 2), ("spline", 2)]
+    ("name", "depth", "margin"),
+    [
+        ("planar", 8, 0.3),
+        ("radial", 8, 0.1),
+        ("sylvester", 4, 0.3),
+        ("iaf", 2, 0.3),
+        ("maf", 2, 0.3),
+        ("coupling", 2, 0.3),
+        ("spline", 2, 0.3),
+    ],
 )
-def test_flows_fit_what_no_gaussian_does(target: tuple[Callable[[], None], float], name: str, depth: int) -> None:
-    """By 0.3 nats and more; mean-field stays 1.2 (funnel) and 0.8 (banana) nats below the optimum, which is 0."""
+def test_flows_fit_what_no_gaussian_does(
+    target: tuple[Callable[[], None], float], name: str, depth: int, margin: float
+) -> None:
+    """By the margin in nats; mean-field stays 1.2 (funnel) and 0.8 (banana) nats below the optimum, which is 0."""
     program, mean_field = target
-    hidden = {"hidden": (32,)} if name not in ("planar", "sylvester") else {}
+    hidden = {} if name in ("planar", "radial", "sylvester") else {"hidden": (32,)}
     bound, error = fitted_bound(program, Flow(program, name, depth, **hidden))
-    assert bound > mean_field + 0.3 + 4 * error  # a false alarm once in 30 000 seeds, given the fit
+    assert bound > mean_field + margin + 4 * error  # a false alarm once in 30 000 seeds, given the fit
     assert bound < 4 * error
+
+
+@pytest.mark.slow
+def test_a_householder_flow_rotates_a_diagonal_gaussian() -> None:
+    """A correlated Gaussian: the flow comes within 0.1 nats of the optimum, which is 0; mean-field stays 1 below."""
+
+    def correlated() -> None:
+        covariance = torch.tensor([[1.0, 0.9, 0.5], [0.9, 1.0, 0.6], [0.5, 0.6, 1.0]])
+        pyro.sample("z", dist.MultivariateNormal(torch.tensor([1.0, -2.0, 0.5]), covariance))
+
+    torch.manual_seed(0)
+    bound, error = fitted_bound(correlated, Flow(correlated, "householder", depth=1))
+    assert -0.1 < bound < 4 * error
+    assert fitted_bound(correlated, AutoNormal(correlated))[0] < -0.9

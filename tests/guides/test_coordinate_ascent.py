@@ -319,6 +319,16 @@ def test_model_and_posterior_in_float32_are_rebuilt_from_configuration_and_state
     assert abs(float(estimate.bound) - float(q.bounds[-1])) < 0.02 * abs(float(q.bounds[-1]))
 
 
+def test_the_posterior_has_the_data_type_of_the_model():
+    """Whatever that of the data: it is a guide of the model, whose samples it must fit."""
+    mixed = coordinate_ascent(GaussianMixture(3, 4), IRIS, sweeps=5)
+    mixed(IRIS)
+    assert mixed.loc.dtype == mixed.responsibilities(IRIS).dtype == torch.float32
+    whole = coordinate_ascent(BayesianLinearRegression(2), torch.arange(12).reshape(6, 2), torch.arange(6))
+    whole()
+    assert whole.loc.dtype == torch.float32
+
+
 def test_generated_data_have_the_moments_of_the_model():
     torch.manual_seed(0)
     model = GaussianMixture(2, 3, "tied")

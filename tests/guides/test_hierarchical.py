@@ -274,22 +274,6 @@ class Fixed(PyroModule):
         return self.ladder.sample(self.messages)
 
 
-def svi(compile, kind):
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    model = Layered()
-    step = pyrovae.SVI(model, kind(model), pyro.optim.Adam({"lr": 0.01}), pyrovae.ELBO(gradient="stl"), compile=compile)
-    x = torch.randn(6, 5)
-    pyro.set_rng_seed(1)
-    return [step.step(x) for _ in range(6)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [BottomUp, Ladder])
-def test_compiled_steps_are_the_eager_ones(kind):
-    assert svi(True, kind) == pytest.approx(svi(False, kind), rel=1e-4)
-
-
 class Wrong(Layered):
     def below(self, layer, z):
         return dist.Laplace(torch.zeros(*z.shape[:-1], self.layers[layer - 1]), 1.0).to_event(1)

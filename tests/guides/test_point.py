@@ -208,20 +208,6 @@ def test_particles_gradients_state_and_precision(guide):
     assert (site["value"] == second(y)["rate"]).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("guide", [PointEstimate, Laplace])
-def test_compiled_steps_are_the_eager_ones(guide):
-    losses = []
-    pyro.settings.set(module_local_params=False)  # as Pyro's SVI wants it
-    for compile in (False, True):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        svi = pyrovae.SVI(poisson, guide(poisson), pyro.optim.Adam({"lr": 0.01}), pyrovae.ELBO(), compile=compile)
-        losses.append([svi.step(COUNTS) for _ in range(12)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[0][-1] < losses[0][0]
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Laplace's approximation
 

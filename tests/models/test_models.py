@@ -18,30 +18,46 @@ from pyrovae.registry import MODELS as REGISTRY
 from pyrovae.registry import configuration
 from pyrovae.training.programs import local_params, named_parameters
 
-VARIANTS = {
-    f"vae-{likelihood}-{network}-{prior}": (
-        VAE,
-        dict(
-            data_shape=shape,
-            latent_dim=3,
-            hidden=(16,),
-            likelihood=likelihood,
-            network=network,
-            prior=prior,
-            channels=(8, 4),
-        ),
-    )
-    for (likelihood, prior), (network, shape) in itertools.product(
-        zip(LIKELIHOODS, ("standard", "learnable", "standard", "learnable"), strict=True),
-        (("mlp", (5, 3)), ("conv", (2, 7, 9))),
-    )
-} | {
-    f"sigmoid-belief-net-{len(layers)}-{'deep' if hidden else 'linear'}": (
-        SigmoidBeliefNet,
-        dict(data_shape=(5, 3), layers=layers, hidden=hidden, activation="relu"),
-    )
-    for layers, hidden in itertools.product(((6,), (6, 4)), ((), (16,)))
-}
+VARIANTS = (
+    {
+        f"vae-{likelihood}-{network}-{prior}": (
+            VAE,
+            dict(
+                data_shape=shape,
+                latent_dim=3,
+                hidden=(16,),
+                likelihood=likelihood,
+                network=network,
+                prior=prior,
+                channels=(8, 4),
+            ),
+        )
+        for (likelihood, prior), (network, shape) in itertools.product(
+            zip(LIKELIHOODS, itertools.cycle(("standard", "learnable"))),
+            (("mlp", (5, 3)), ("conv", (2, 7, 9))),
+        )
+    }
+    | {
+        f"vae-prior-{prior}": (
+            VAE,
+            dict(data_shape=(5, 3), latent_dim=3, hidden=(16,), prior=prior, prior_options=options),
+        )
+        for prior, options in (
+            ("full", None),
+            ("coupling", {"depth": 2}),
+            ("maf", {"hidden": [8]}),
+            ("radial", None),
+            ("spline", {"bins": 4}),
+        )
+    }
+    | {
+        f"sigmoid-belief-net-{len(layers)}-{'deep' if hidden else 'linear'}": (
+            SigmoidBeliefNet,
+            dict(data_shape=(5, 3), layers=layers, hidden=hidden, activation="relu"),
+        )
+        for layers, hidden in itertools.product(((6,), (6, 4)), ((), (16,)))
+    }
+)
 
 # Each model's guide, and objectives that train the two; the first serves where any will do.
 GUIDES = {

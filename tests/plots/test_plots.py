@@ -433,7 +433,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Case], object]]] = {
     ),
     "count of x": (
         ArgumentError,
-        "count=0",
+        "count is 0",
         lambda c: plots.reconstructions(c.model, c.guide, c.x, count=0),
     ),
     "no encode": (
@@ -446,7 +446,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Case], object]]] = {
         "model Linear has no 'data_shape'",
         lambda c: plots.samples(nn.Linear(1, 1)),
     ),
-    "samples": (ArgumentError, "count=0", lambda c: plots.samples(c.model, 0)),
+    "samples": (ArgumentError, "count is 0", lambda c: plots.samples(c.model, 0)),
     "nothing to scatter": (DataError, "x holds no", lambda c: plots.latent_scatter(c.guide, c.x[:0])),
     "length of y": (
         DataError,
@@ -465,10 +465,10 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Case], object]]] = {
     ),
     "dims": (ArgumentError, r"dims=\(0, 2\).*0 … 1", lambda c: plots.manifold(c.model, dims=(0, 2))),
     "equal dims": (ArgumentError, "two different", lambda c: plots.manifold(c.model, dims=(1, 1))),
-    "size": (ArgumentError, "size=1", lambda c: plots.manifold(c.model, size=1)),
+    "size": (ArgumentError, "size is 1", lambda c: plots.manifold(c.model, size=1)),
     "steps": (
         ArgumentError,
-        "steps=1",
+        "steps is 1",
         lambda c: plots.interpolation(c.model, c.guide, c.x[0], c.x[1], steps=1),
     ),
     "batch of ends": (

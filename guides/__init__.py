@@ -15,31 +15,41 @@ from pyrovae.guides.amortized import (
     AmortizedFullRank,
     AmortizedNormal,
 )
+from pyrovae.guides.conditional import AmortizedConditional
 from pyrovae.guides.coordinate_ascent import (
     GaussianMixturePosterior,
     LinearRegressionPosterior,
     coordinate_ascent,
 )
+from pyrovae.guides.draw import AmortizedDRAW
 from pyrovae.guides.flows import Flow
 from pyrovae.guides.gaussian import FactorCovariance, FullRank, MeanField
 from pyrovae.guides.hierarchical import BottomUp, Ladder
 from pyrovae.guides.own_model import AmortizedModel, amortize
 from pyrovae.guides.point import GaussianAtMode, Laplace, PointEstimate, WithoutPrior
 from pyrovae.guides.refinement import Refined, Refinement, refine
+from pyrovae.guides.semi_supervised import AmortizedSemiSupervised
 from pyrovae.guides.sparse import SparsePrecision
 from pyrovae.guides.spherical import AmortizedVonMisesFisher
+from pyrovae.guides.state_space import AmortizedMarkov
 from pyrovae.guides.structured import ASVI
+from pyrovae.models.autoencoder import DeterministicEncoder
 
 __all__ = [
     "ASVI",
     "AmortizedBernoulli",
+    "AmortizedConditional",
+    "AmortizedDRAW",
     "AmortizedFactorCovariance",
     "AmortizedFlow",
     "AmortizedFullRank",
+    "AmortizedMarkov",
     "AmortizedModel",
     "AmortizedNormal",
+    "AmortizedSemiSupervised",
     "AmortizedVonMisesFisher",
     "BottomUp",
+    "DeterministicEncoder",
     "FactorCovariance",
     "Flow",
     "FullRank",

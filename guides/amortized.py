@@ -75,7 +75,10 @@ class Encoded(PyroModule):
         if model.network == "conv":
             self.image_shape: tuple[int, ...] = model.image_shape
             channels = tuple(reversed(model.channels))
-            self.encoder: nn.Module = ConvEncoder(model.image_shape, channels, hidden, self.family.outputs, activation)
+            blocks = getattr(model, "blocks", 0)
+            self.encoder: nn.Module = ConvEncoder(
+                model.image_shape, channels, hidden, self.family.outputs, activation, blocks
+            )
         else:
             self.image_shape = (math.prod(self.data_shape),)
             self.encoder = mlp(math.prod(self.data_shape), hidden, self.family.outputs, activation)

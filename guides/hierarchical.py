@@ -17,22 +17,26 @@ from torch import Tensor, nn
 from pyrovae.errors import ArgumentError
 from pyrovae.guides.amortized import EncodedLayers, replayed, require, reshaped
 from pyrovae.guides.families import DiagonalNormal
+from pyrovae.models.hierarchical_vae import hidden_by_network
 from pyrovae.models.networks import ACTIVATIONS, full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES
 
 __all__ = ["BottomUp", "HierarchicalModel", "Ladder"]
 
+Hidden = Sequence[int] | Sequence[Sequence[int]]
+
 
 class HierarchicalModel(Protocol):
     """What these guides read from a model of latent layers z_1 (next to the data) to z_L.
 
     It samples sites ``z1``, …, ``zL`` of event shape (layers[0],), …, (layers[L-1],) in the plate ``"data"``.
+    ``hidden`` holds the widths of the hidden layers of all its networks, or a list of them for each.
     """
 
     data_shape: tuple[int, ...]
     layers: tuple[int, ...]
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...] | tuple[tuple[int, ...], ...]
     activation: str
 
     def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
@@ -48,7 +52,8 @@ class BottomUp(EncodedLayers):
 
     Args:
         model: the model, a :class:`HierarchicalModel`; it is not kept, and shares no parameters with the guide.
-        hidden: widths of each encoder's hidden layers, from below to above; ``None`` mirrors the model's.
+        hidden: widths of the hidden layers of each encoder, from below to above: the same for all, or one list for each
+            latent layer from the data upwards, ``((200, 200), (100, 100))``; ``None`` mirrors the model's.
         activation: name of the activation; ``None`` takes the model's.
 
     Raises:
@@ -67,10 +72,20 @@ class BottomUp(EncodedLayers):
     """
 
     def __init__(
-        self, model: HierarchicalModel, hidden: Sequence[int] | None = None, activation: str | None = None
+        self,
+        model: HierarchicalModel,
+        hidden: Hidden | None = None,
+        activation: str | None = None,
     ) -> None:
         _require_normal_layers(self, model)
-        super().__init__(model, DiagonalNormal, hidden, activation)
+        by_encoder = _upwards(model, hidden)
+        # Linear encoders, which those below replace: hidden layers that differ from one to the next are not its matter.
+        super().__init__(model, DiagonalNormal, (), activation)  # type: ignore[arg-type]
+        inputs = (math.prod(model.data_shape), *model.layers[:-1])
+        self.encoders = nn.ModuleList(
+            mlp(below, widths, 2 * above, activation or model.activation)
+            for below, widths, above in zip(inputs, by_encoder, model.layers, strict=True)
+        )
 
 
 @GUIDES.register
@@ -94,7 +109,8 @@ class Ladder(PyroModule):
     Args:
         model: the model, a :class:`HierarchicalModel`. The guide calls its ``below``, but does not own it: its
             parameters are not among the guide's, and a copy of both is made by copying them together.
-        hidden: widths of the hidden layers of each step upwards, at least one; ``None`` mirrors the model's.
+        hidden: widths of the hidden layers of each step upwards, at least one: the same for all, or one list for each
+            latent layer from the data upwards; ``None`` mirrors the model's.
         activation: name of the activation; ``None`` takes the model's.
 
     Raises:
@@ -116,27 +132,32 @@ class Ladder(PyroModule):
     """
 
     def __init__(
-        self, model: HierarchicalModel, hidden: Sequence[int] | None = None, activation: str | None = None
+        self,
+        model: HierarchicalModel,
+        hidden: Hidden | None = None,
+        activation: str | None = None,
     ) -> None:
         super().__init__()
         _require_normal_layers(self, model)
-        hidden = tuple(reversed(model.hidden)) if hidden is None else tuple(hidden)
-        activation = activation or model.activation
-        if not hidden or any(not isinstance(width, int) or width < 1 for width in hidden):
+        by_step, activation = _upwards(model, hidden), activation or model.activation
+        if any(not widths or any(not isinstance(width, int) or width < 1 for width in widths) for widths in by_step):
+            given = model.hidden if hidden is None else hidden
             raise ArgumentError(
-                f"hidden is {hidden!r}; a ladder passes hidden units upwards: give it one width or more,"
-                " whole numbers, at least 1 each"
+                f"hidden is {given!r}; a ladder passes hidden units upwards: give each step one width or more, whole"
+                " numbers, at least 1 each"
             )
         self.data_shape = model.data_shape
         self._model = (model,)  # in a tuple, so that it is no submodule
         families = [DiagonalNormal(width) for width in model.layers]
         self.families = nn.ModuleList(families)
-        inputs = (math.prod(self.data_shape), *[hidden[-1]] * (len(model.layers) - 1))
+        inputs = (math.prod(self.data_shape), *(widths[-1] for widths in by_step[:-1]))
         self.upward = nn.ModuleList(
-            nn.Sequential(mlp(below, hidden[:-1], hidden[-1], activation), ACTIVATIONS[activation]())
-            for below in inputs
+            nn.Sequential(mlp(below, widths[:-1], widths[-1], activation), ACTIVATIONS[activation]())
+            for below, widths in zip(inputs, by_step, strict=True)
         )
-        self.messages = nn.ModuleList(mlp(hidden[-1], (), family.outputs) for family in families)
+        self.messages = nn.ModuleList(
+            mlp(widths[-1], (), family.outputs) for widths, family in zip(by_step, families, strict=True)
+        )
 
     def encode(self, x: Tensor) -> tuple[dist.TorchDistribution, ...]:
         """What the data say of each layer, from z_1 to z_L: Normals of batch shape `*batch`, event (layers[l],)."""
@@ -166,6 +187,13 @@ class Ladder(PyroModule):
         (model,) = self._model
         with _held(model) if replayed() else contextlib.nullcontext():
             return model.below(layer, z)
+
+
+def _upwards(model: HierarchicalModel, hidden: Hidden | None) -> tuple[tuple[int, ...], ...]:
+    """Widths of the hidden layers of each of the guide's networks, from below to above; ``None`` mirrors the model."""
+    if hidden is not None:
+        return hidden_by_network(hidden, model.layers)
+    return tuple(widths[::-1] for widths in hidden_by_network(model.hidden, model.layers))
 
 
 def _product(message: dist.TorchDistribution, prior: dist.TorchDistribution) -> dist.TorchDistribution:

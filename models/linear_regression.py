@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -65,6 +65,9 @@ class BayesianLinearRegression(PyroModule):
         >>> model.posterior(x, torch.tensor([1.0, 3.0, 5.0])).loc.shape
         torch.Size([2])
     """
+
+    default_guide: ClassVar[str] = "FullRank"
+    default_objective: ClassVar[dict[str, Any]] = {"name": "ELBO", "arguments": {}}
 
     def __init__(
         self,

@@ -1,15 +1,16 @@
-"""The Bayesian Gaussian mixture, its assignments summed out."""
+"""The Bayesian Gaussian mixture, its assignments summed out or explicit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
+from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from pyrovae.errors import ArgumentError, unknown_name
@@ -19,6 +20,7 @@ from pyrovae.registry import MODELS
 __all__ = ["GaussianMixture"]
 
 Covariance = Literal["full", "diagonal", "tied"]
+Assignments = Literal["summed", "explicit"]
 
 
 @MODELS.register
@@ -35,9 +37,14 @@ class GaussianMixture(PyroModule):
     together, one below 1 empties components that the data do not need.
 
     The assignments are summed out, so every site is continuous and any objective and guide of continuous latents
-    fits. The Wishart is drawn by Bartlett's decomposition: with the Cholesky factor S of its scale,
-    Λ = S A Aᵀ Sᵀ, where the squared diagonal of the lower triangular A is chi-squared (site
-    ``"precision_diagonal"``) and what is below it standard normal (``"precision_lower"``, column by column).
+    fits. ``assignments="explicit"`` makes them a site ``"assignment"`` of each data point, which
+    ``pyrovae.EnumeratedELBO`` sums out to the same number; the guide leaves them to it, as a guide of
+    ``poutine.block(model, hide=["assignment"])`` does. Maximum likelihood and MAP estimates are those of
+    ``expectation_maximization``.
+
+    The Wishart is drawn by Bartlett's decomposition: with the Cholesky factor S of its scale, Λ = S A Aᵀ Sᵀ, where
+    the squared diagonal of the lower triangular A is chi-squared (site ``"precision_diagonal"``) and what is below it
+    standard normal (``"precision_lower"``, column by column).
 
     Args:
         components: number C of components.
@@ -49,6 +56,7 @@ class GaussianMixture(PyroModule):
         degrees_of_freedom: ν₀, above d − 1 (for ``"diagonal"`` above 0); ``None`` for d + 2.
         scale: Σ₀: a number σ² for σ² I, or a `d x d` matrix (of which ``"diagonal"`` uses the diagonal), in squared
             units of the data.
+        assignments: ``"summed"`` out in the density of x, or ``"explicit"``, a Categorical site in the data plate.
 
     Raises:
         ArgumentError: an argument is unknown or out of range.
@@ -66,6 +74,9 @@ class GaussianMixture(PyroModule):
         torch.Size([2])
     """
 
+    default_guide: ClassVar[str] = "MeanField"
+    default_objective: ClassVar[dict[str, Any]] = {"name": "ELBO", "arguments": {}}
+
     def __init__(
         self,
         components: int,
@@ -76,6 +87,7 @@ class GaussianMixture(PyroModule):
         mean_precision: float = 0.1,
         degrees_of_freedom: float | None = None,
         scale: float | Sequence[Sequence[float]] = 1.0,
+        assignments: Assignments = "summed",
     ) -> None:
         super().__init__()
         for name, size in (("components", components), ("features", features)):
@@ -83,6 +95,8 @@ class GaussianMixture(PyroModule):
                 raise ArgumentError(f"{name} is {size!r}; it must be a whole number, at least 1")
         if covariance not in get_args(Covariance):
             raise unknown_name("covariance", covariance, get_args(Covariance))
+        if assignments not in get_args(Assignments):
+            raise unknown_name("assignments", assignments, get_args(Assignments))
         degrees = features + 2.0 if degrees_of_freedom is None else degrees_of_freedom
         least = 0 if covariance == "diagonal" else features - 1
         for name, value, above in (
@@ -93,6 +107,7 @@ class GaussianMixture(PyroModule):
             if not above < value < math.inf:
                 raise ArgumentError(f"{name} is {value!r}; it must be a number above {above}")
         self.components, self.features, self.covariance = components, features, covariance
+        self.assignments = assignments
         self.data_shape = (features,)
         self.mean_precision, self.degrees_of_freedom = float(mean_precision), float(degrees)
         self.register_buffer("concentration", torch.full((components,), float(concentration)), persistent=False)
@@ -122,11 +137,22 @@ class GaussianMixture(PyroModule):
             means: A `… x C x d` tensor.
             precisions: `… x C x d x d` (``"tied"``: `… x 1 x d x d`); for ``"diagonal"``, `… x C x d`.
         """
+        return dist.MixtureSameFamily(dist.Categorical(weights), self.parts(means, precisions))
+
+    def parts(self, means: Tensor, precisions: Tensor) -> dist.TorchDistribution:
+        """p(x | c, μ, Λ) of every component, batch shape `… x C`, event shape (d,); arguments as for ``joint``."""
         if self.covariance == "diagonal":
-            parts = dist.Normal(means, precisions.rsqrt()).to_event(1)
-        else:
-            parts = dist.MultivariateNormal(means, precision_matrix=precisions)
-        return dist.MixtureSameFamily(dist.Categorical(weights), parts)
+            return dist.Normal(means, precisions.rsqrt()).to_event(1)
+        return dist.MultivariateNormal(means, precision_matrix=precisions)
+
+    def part(self, assignment: Tensor, means: Tensor, precisions: Tensor) -> dist.TorchDistribution:
+        """p(x | c, μ, Λ) for whole numbers c, which broadcast against the batch shape `…` of the other two."""
+        parts = self.parts(means, precisions)
+        if self.covariance == "diagonal":
+            loc, scale = parts.base_dist.loc, parts.base_dist.scale
+            return dist.Normal(Vindex(loc)[..., assignment, :], Vindex(scale)[..., assignment, :]).to_event(1)
+        tril = Vindex(parts.scale_tril)[..., assignment, :, :]
+        return dist.MultivariateNormal(Vindex(parts.loc)[..., assignment, :], scale_tril=tril)
 
     def precisions(self) -> Tensor:
         """Samples Λ: `… x C x d x d` (``"tied"``: `… x 1 x d x d`), or `… x C x d` for ``"diagonal"``."""
@@ -157,7 +183,10 @@ class GaussianMixture(PyroModule):
         precisions = self.precisions()
         means = pyro.sample("means", self.mean_given(precisions))
         with pyro.plate("data", size if x is None else len(x), device=self.mean.device):
-            return pyro.sample("x", self.joint(weights, means, precisions), obs=x)
+            if self.assignments == "summed":
+                return pyro.sample("x", self.joint(weights, means, precisions), obs=x)
+            assignment = pyro.sample("assignment", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            return pyro.sample("x", self.part(assignment, means, precisions), obs=x)
 
     def mean_given(self, precisions: Tensor) -> dist.TorchDistribution:
         """p(μ | Λ), event shape (C, d)."""

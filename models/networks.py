@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.errors import ArgumentError, require_count, unknown_name
 
-__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "mlp"]
+__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "ResidualBlock", "mlp"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -84,6 +84,46 @@ class _LeftBatch(nn.Module):
         return out.reshape(*batch, *out.shape[1:])
 
 
+class ResidualBlock(nn.Module):
+    r"""A pre-activation residual block of two convolutions, without batch normalisation.
+
+    .. math:: y = x + W_2 * a(W_1 * a(x))
+
+    The weights W₂ are drawn smaller by √depth, so that the variance of what ``depth`` blocks add to their input does
+    not grow with their number.
+
+    Args:
+        channels: of input and output, `n x channels x H x W`.
+        activation: name of the activation a, one of ``ACTIVATIONS``.
+        depth: number of blocks of the network that this one is part of.
+
+    References:
+        He et al. 2016, "Identity mappings in deep residual networks", https://arxiv.org/abs/1603.05027; Zhang et al.
+        2019 (Fixup: depth-dependent initialisation without normalisation), https://arxiv.org/abs/1901.09321.
+
+    Example:
+        >>> ResidualBlock(4, "silu")(torch.zeros(3, 4, 7, 9)).shape
+        torch.Size([3, 4, 7, 9])
+    """
+
+    def __init__(self, channels: int, activation: str, depth: int = 1) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        layers = nn.Sequential(_activation(activation), first, _activation(activation), second)
+        self.residual = initialize(layers, activation)
+        with torch.no_grad():
+            second.weight.div_(math.sqrt(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of `n x channels x H x W` features."""
+        return x + self.residual(x)
+
+
+def _blocks(blocks: int, channels: int, levels: int, activation: str) -> list[nn.Module]:
+    """The residual blocks of one of the levels."""
+    return [ResidualBlock(channels, activation, blocks * levels) for _ in range(blocks)]
+
+
 class ConvEncoder(_LeftBatch):
     """Convolutions of stride 2, then a fully connected head: `*batch x C x H x W` to `*batch x outputs`.
 
@@ -93,6 +133,10 @@ class ConvEncoder(_LeftBatch):
         hidden: widths of the fully connected layers after the convolutions.
         outputs: number of output features.
         activation: name of the activation, one of ``ACTIVATIONS``.
+        blocks: number of residual blocks after each convolution.
+
+    Raises:
+        ArgumentError: an argument is unknown or out of range.
 
     Example:
         >>> ConvEncoder((1, 8, 8), (4, 8), (16,), 6, "relu")(torch.zeros(3, 5, 1, 8, 8)).shape
@@ -106,11 +150,17 @@ class ConvEncoder(_LeftBatch):
         hidden: Sequence[int],
         outputs: int,
         activation: str,
+        blocks: int = 0,
     ) -> None:
         sizes = _pyramid(image_shape, channels)
+        require_count("blocks", blocks, least=0)
         layers: list[nn.Module] = []
         for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), _activation(activation)]
+            layers += [
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                *_blocks(blocks, after, len(channels), activation),
+                _activation(activation),
+            ]
         head = mlp(channels[-1] * sizes[-1][0] * sizes[-1][1], hidden, outputs, activation)
         super().__init__(
             nn.Sequential(*initialize(nn.Sequential(*layers), activation), nn.Flatten(), *head), event_dim=3
@@ -121,7 +171,7 @@ class ConvDecoder(_LeftBatch):
     """A fully connected head, then upsampling and convolutions: `*batch x inputs` to `*batch x outputs x H x W`.
 
     Nearest-neighbour upsampling before each convolution reaches every size exactly and leaves no checkerboard
-    (Odena et al. 2016, https://doi.org/10.23915/distill.00003).
+    (Odena et al. 2016, https://doi.org/10.23915/distill.00003). With ``blocks`` it mirrors an encoder that has as many.
 
     Args:
         inputs: number of input features.
@@ -130,6 +180,10 @@ class ConvDecoder(_LeftBatch):
         image_shape: channels, height and width of the image; the channels are ignored.
         outputs: output channels.
         activation: name of the activation, one of ``ACTIVATIONS``.
+        blocks: number of residual blocks before each upsampling.
+
+    Raises:
+        ArgumentError: an argument is unknown or out of range.
 
     Example:
         >>> ConvDecoder(6, (16,), (8, 4), (1, 7, 9), 2, "relu")(torch.zeros(3, 5, 6)).shape
@@ -144,21 +198,22 @@ class ConvDecoder(_LeftBatch):
         image_shape: tuple[int, int, int],
         outputs: int,
         activation: str,
+        blocks: int = 0,
     ) -> None:
         sizes = _pyramid(image_shape, channels)
+        require_count("blocks", blocks, least=0)
         height, width = sizes[-1]
         head = mlp(inputs, hidden, channels[0] * height * width, activation)
-        layers: list[nn.Module] = [*head, _activation(activation), nn.Unflatten(1, (channels[0], height, width))]
-        convolutions: list[nn.Module] = []
+        layers: list[nn.Module] = []
         for size, before, after in zip(reversed(sizes[:-1]), channels, [*channels[1:], outputs], strict=True):
-            convolutions += [
+            layers += [
+                *_blocks(blocks, before, len(channels), activation),
+                _activation(activation),
                 nn.Upsample(size=size),
                 nn.Conv2d(before, after, 3, padding=1),
-                _activation(activation),
             ]
-        super().__init__(
-            nn.Sequential(*layers, *initialize(nn.Sequential(*convolutions[:-1]), activation)), event_dim=1
-        )
+        coarsest = nn.Unflatten(1, (channels[0], height, width))
+        super().__init__(nn.Sequential(*head, coarsest, *initialize(nn.Sequential(*layers), activation)), event_dim=1)
 
 
 def _pyramid(image_shape: tuple[int, int, int], channels: Sequence[int]) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +20,7 @@ from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
 from pyrovae.models.networks import full_precision, mlp
 from pyrovae.registry import MODELS
 
-__all__ = ["SigmoidBeliefNet"]
+__all__ = ["Ancestral", "SigmoidBeliefNet"]
 
 
 @MODELS.register
@@ -31,22 +31,28 @@ class SigmoidBeliefNet(PyroModule):
         z_\ell \mid z_{\ell+1} \sim \mathrm{Bern}(\sigma(g_\ell(2 z_{\ell+1} - 1))), \qquad
         x \mid z_1 \sim \mathrm{Bern}(\sigma(g_0(2 z_1 - 1)))
 
-    Without ``hidden`` every g is linear, and the model is Neal's sigmoid belief net. The sites are ``"z1"`` (next to
-    the data) to ``"zL"``. ``forward(x)`` conditions on a batch `n x *data_shape` of zeros and ones; ``forward(size=n)``
-    generates one.
+    Without ``hidden`` every g is linear, and the model is Neal's sigmoid belief net. With a recognition net of the same
+    kind, ``AmortizedBernoulli``, it is Dayan's Helmholtz machine: b is its generative bias, learned with the rest, and
+    :class:`pyrovae.WakeSleep` the algorithm that trains both (see the example). ``IWAE(particles, "vimco")`` and
+    ``ReweightedWakeSleep(particles)`` come nearer to the maximum of the likelihood.
+
+    The sites are ``"z1"`` (next to the data) to ``"zL"``. ``forward(x)`` conditions on a batch `n x *data_shape` of
+    zeros and ones; ``forward(size=n)`` generates one.
 
     Args:
         data_shape: shape of one data point.
         layers: numbers of binary units of the latent layers, from the data upwards.
-        hidden: widths of the hidden layers of each network g, from above to below (the guide's encoders mirror them).
-        activation: of the hidden layers.
+        hidden: widths of the deterministic hidden layers of each network g, from above to below (the guide's encoders
+            mirror them).
+        activation: of the hidden layers, one of ``pyrovae.models.networks.ACTIVATIONS``.
 
     Raises:
         ArgumentError: an argument is out of range.
 
     References:
         Neal 1992, https://doi.org/10.1016/0004-3702(92)90065-6; Dayan et al. 1995 (Helmholtz machine),
-        https://doi.org/10.1162/neco.1995.7.5.889; Yin & Zhou 2019 (as a variational autoencoder),
+        https://doi.org/10.1162/neco.1995.7.5.889; Hinton et al. 1995 (wake-sleep),
+        https://doi.org/10.1126/science.7761831; Yin & Zhou 2019 (as a variational autoencoder, linear and not),
         https://arxiv.org/abs/1807.11143.
 
     Example:
@@ -55,7 +61,23 @@ class SigmoidBeliefNet(PyroModule):
         torch.Size([5, 8, 8])
         >>> sorted(pyro.poutine.trace(model).get_trace(torch.ones(3, 8, 8)).stochastic_nodes)
         ['data', 'z1', 'z2']
+
+        A Helmholtz machine learns that two pixels agree:
+
+        >>> import pyrovae
+        >>> from pyrovae.guides import AmortizedBernoulli
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(50, 1)
+        >>> _ = torch.manual_seed(0)
+        >>> model = SigmoidBeliefNet(data_shape=(2,), layers=(1,))
+        >>> guide = AmortizedBernoulli(model)
+        >>> settings = {"epochs": 60, "batch_size": 20, "lr": 0.05, "seed": 0, "progress": False}
+        >>> run = pyrovae.fit(model, guide, x, objective=pyrovae.WakeSleep(), **settings)
+        >>> run.history[-1]["bound"] > -0.8   # nats per data point; log 2 is the entropy, 2 log 2 without the latent
+        True
     """
+
+    default_guide: ClassVar[str] = "AmortizedBernoulli"
+    default_objective: ClassVar[dict[str, Any]] = {"name": "IWAE", "arguments": {"particles": 5, "gradient": "vimco"}}
 
     likelihood = replace(
         LIKELIHOODS["bernoulli"], advice="Binarize the data, as datasets.load does with binarization='dynamic'."
@@ -87,7 +109,7 @@ class SigmoidBeliefNet(PyroModule):
 
     def prior(self) -> dist.TorchDistribution:
         """p(z_1), for ``decode``: batch shape (), event shape (layers[0],); with several layers it has draws alone."""
-        return self.top() if len(self.layers) == 1 else _Ancestral(self)
+        return self.top() if len(self.layers) == 1 else Ancestral(self)
 
     def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
         """p(z_layer | z) for `*batch x layers[layer]` units z of the layer above: batch shape `*batch`."""
@@ -128,18 +150,43 @@ class SigmoidBeliefNet(PyroModule):
         return self
 
 
-class _Ancestral(dist.TorchDistribution):
-    """p(z_1) below other layers, which cannot be summed out: draws, but neither density nor moments."""
+class Layered(Protocol):
+    """What ancestral sampling reads from a model of latent layers."""
+
+    layers: tuple[int, ...]
+
+    def top(self) -> dist.TorchDistribution:
+        """p(z_L)."""
+
+    def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
+        """p(z_layer | z_{layer+1} = z)."""
+
+
+class Ancestral(dist.TorchDistribution):
+    """p(z_1) below other layers, which cannot be summed out: draws, but neither density nor moments.
+
+    Args:
+        model: a model of several layers.
+
+    Example:
+        >>> Ancestral(SigmoidBeliefNet(data_shape=(4,), layers=(3, 2))).sample((5,)).shape
+        torch.Size([5, 3])
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.independent(constraints.boolean, 1)
 
-    def __init__(self, model: SigmoidBeliefNet) -> None:
+    def __init__(self, model: Layered) -> None:
         self.model = model
         super().__init__(torch.Size(), torch.Size((model.layers[0],)))
 
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of each layer: a vector of binary or of real units."""
+        return self.model.top().support
+
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws `*sample_shape x layers[0]` units, from the top layer down."""
         z: Tensor = self.model.top().sample(torch.Size(sample_shape))
         for layer in range(len(self.model.layers) - 1, 0, -1):
             z = self.model.below(layer, z).sample()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 
@@ -31,7 +31,7 @@ class SphericalVAE(VAE):
         activation: name of the activation, as for :class:`VAE`.
         likelihood: name of the likelihood, as for :class:`VAE`.
         network: ``"mlp"`` or ``"conv"``, as for :class:`VAE`.
-        channels: of the convolutions, as for :class:`VAE`.
+        channels, blocks: of the convolutions, as for :class:`VAE`.
 
     Raises:
         ArgumentError: an argument is unknown or out of range.
@@ -47,6 +47,8 @@ class SphericalVAE(VAE):
         tensor(1.)
     """
 
+    default_guide: ClassVar[str] = "AmortizedVonMisesFisher"
+
     def __init__(
         self,
         data_shape: Sequence[int],
@@ -56,8 +58,9 @@ class SphericalVAE(VAE):
         likelihood: str = "bernoulli",
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (64, 32),
+        blocks: int = 0,
     ) -> None:
-        super().__init__(data_shape, latent_dim, hidden, activation, likelihood, "standard", network, channels)
+        super().__init__(data_shape, latent_dim, hidden, activation, likelihood, "standard", network, channels, blocks)
         self.prior()  # it refuses a latent of one dimension
 
     def prior(self) -> dist.TorchDistribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, unknown_name
-from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
+from pyrovae.models.likelihoods import LIKELIHOODS, by_element, require_batch, start_at_mean
 from pyrovae.models.networks import ACTIVATIONS, ConvDecoder, full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import MODELS
@@ -40,12 +40,13 @@ class VAE(PyroModule):
         hidden: widths of the fully connected hidden layers of the decoder, from the latent to the data (the
             guide's encoder mirrors them).
         activation: ``"tanh"``, ``"relu"``, ``"gelu"``, ``"silu"``, ….
-        likelihood: ``"bernoulli"`` (data 0 or 1), ``"continuous-bernoulli"`` (data in [0, 1]), ``"normal"`` (real
-            data; one learnable standard deviation for all elements), ``"categorical-256"`` (8-bit intensities
-            k/255).
+        likelihood: ``"bernoulli"`` (data 0 or 1), ``"continuous-bernoulli"`` (data in [0, 1]), ``"normal"`` and
+            ``"laplace"`` (real data; one learnable scale for all elements), ``"categorical-256"``,
+            ``"discretized-logistic"`` and ``"discretized-logistic-mixture"`` (8-bit intensities k/255).
         prior: ``"standard"`` for N(0, I); ``"learnable"`` for N(μ, diag σ²) and ``"full"`` for N(μ, Σ), with parameters
             that are learnt; or a flow that learns its shape, ``"coupling"``, ``"maf"``, ``"radial"`` or ``"spline"``
             (:class:`pyrovae.flows.FlowPrior`).
+        blocks: number of residual blocks at each level of the convolutions.
         prior_options: arguments of the flow of the prior, such as ``{"depth": 6, "hidden": (128,)}``.
         network: ``"mlp"``, or ``"conv"`` for images ``(H, W)`` or ``(C, H, W)``.
         channels: of the convolutions, from the coarsest level to the finest (the encoder mirrors them).
@@ -67,6 +68,9 @@ class VAE(PyroModule):
         (torch.Size([3, 4]), torch.Size([8, 8]))
     """
 
+    default_guide: ClassVar[str] = "AmortizedNormal"
+    default_objective: ClassVar[dict[str, Any]] = {"name": "ELBO", "arguments": {}}
+
     def __init__(
         self,
         data_shape: Sequence[int],
@@ -77,6 +81,7 @@ class VAE(PyroModule):
         prior: str = "standard",
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (64, 32),
+        blocks: int = 0,
         prior_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +89,7 @@ class VAE(PyroModule):
         self.latent_dim = latent_dim
         self.hidden = tuple(hidden)
         self.channels = tuple(channels)
+        self.blocks = blocks
         self.activation = activation
         self.network = network
         self._check(likelihood, prior, prior_options)
@@ -94,9 +100,11 @@ class VAE(PyroModule):
             self.decoder: nn.Module = mlp(latent_dim, self.hidden, math.prod(self.data_shape) * outputs, activation)
         else:
             image = self.image_shape
-            self.decoder = ConvDecoder(latent_dim, self.hidden, self.channels, image, image[0] * outputs, activation)
+            self.decoder = ConvDecoder(
+                latent_dim, self.hidden, self.channels, image, image[0] * outputs, activation, blocks
+            )
         self._make_prior(prior, prior_options or {})
-        if likelihood == "normal":
+        if self.likelihood.scaled:
             self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive)
         else:
             self.likelihood_scale = None
@@ -154,22 +162,9 @@ class VAE(PyroModule):
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) for `*batch x latent_dim` latents: batch shape `*batch`, event shape ``data_shape``."""
-        return self.likelihood.distribution(self._raw(z), self.likelihood_scale).to_event(len(self.data_shape))
-
-    def _raw(self, z: Tensor) -> Tensor:
-        """Decoder output, `*batch x *data_shape` or, with several outputs an element, `… x outputs`."""
-        out, outputs = full_precision(self.decoder(z)), self.likelihood.outputs
-        batch = z.shape[:-1]
-        if outputs == 1:
-            return out.reshape(*batch, *self.data_shape)
-        if self.network == "mlp":
-            return out.reshape(*batch, *self.data_shape, outputs)
-        channels, height, width = self.image_shape  # convolutions put the outputs of an element among the channels
-        return (
-            out.reshape(*batch, channels, outputs, height, width)
-            .movedim(-3, -1)
-            .reshape(*batch, *self.data_shape, outputs)
-        )
+        out = full_precision(self.decoder(z))
+        out = by_element(out, self.likelihood.outputs, self.data_shape, self.network == "conv")
+        return self.likelihood.distribution(out, self.likelihood_scale).to_event(len(self.data_shape))
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Conditions on ``x``, or generates ``size`` data points when it is ``None``; returns the data.
@@ -187,21 +182,11 @@ class VAE(PyroModule):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
 
-    @torch.no_grad()
     def initialize_output(self, x: Tensor) -> VAE:
         """Sets the decoder's last bias so that it starts at the mean of the data, and returns the model.
 
         Args:
             x: A `n x *data_shape` tensor of data (or of their intensities).
-
-        References:
-            Burda et al. 2016, appendix, https://arxiv.org/abs/1509.00519.
         """
-        layers = [module for module in self.decoder.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        mean = x.to(layers[-1].weight).mean(0)
-        if self.network == "conv":  # one bias a channel
-            mean = mean.reshape(self.image_shape).mean((1, 2))
-        bias = layers[-1].bias
-        assert bias is not None
-        bias.copy_(self.likelihood.bias(mean).reshape(-1))
+        start_at_mean(self.decoder, self.likelihood, x.float().mean(0), self.network == "conv")
         return self

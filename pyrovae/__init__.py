@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from pyrovae import datasets, distributions, evaluation, flows, guides, models, plots
+from pyrovae import datasets, distributions, evaluation, flows, guides, latent, models, plots
 from pyrovae.objectives import (
     ELBO,
     IWAE,
@@ -50,6 +50,7 @@ __all__ = [
     "fit",
     "flows",
     "guides",
+    "latent",
     "load",
     "log_weights",
     "models",

@@ -71,7 +71,8 @@ def test_public_names_are_documented(module, name):
 RECORDS = {
     *("Estimate", "LogLikelihood", "ActiveUnits", "LogWeights", "Run", "Objective", "Structure"),
     *("PSIS", "SBC", "Gaps", "GuideComparison", "GuideRow", "Refinement"),
-    *("GaussianMixturePosterior", "LinearRegressionPosterior"),
+    *("GaussianMixturePosterior", "LinearRegressionPosterior", "MixtureEstimate", "EvidenceMaximum", "MixedModelFit"),
+    *("FeatureAccuracies", "FeatureAccuracy", "LayerKL", "Neighbours"),
 }
 
 

@@ -28,6 +28,8 @@ def list_names(
 ) -> None:
     """List models, guides, objectives and data sets, each with one line on what it is.
 
+    A model's line ends with the guide and the objective that fit it by default.
+
     Examples:
 
     pyrovae list
@@ -51,4 +53,12 @@ def _described(kind: Kind) -> dict[str, str]:
     if kind is Kind.datasets:
         return {name: datasets.describe(name) for name in datasets.names()}
     classes = {Kind.models: registry.MODELS, Kind.guides: registry.GUIDES, Kind.objectives: registry.OBJECTIVES}[kind]
-    return {name: (inspect.getdoc(cls) or "").partition("\n")[0] for name, cls in classes.items()}
+    return {name: _line(cls) for name, cls in classes.items()}
+
+
+def _line(cls: type) -> str:
+    """The first line of a class's docstring, and what fits a model by default."""
+    line = (inspect.getdoc(cls) or "").partition("\n")[0]
+    if hasattr(cls, "default_guide"):
+        line += f" [{cls.default_guide}; {cls.default_objective['name']}]"  # type: ignore[attr-defined]
+    return line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from json import loads as json_value
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_rows", "model_for", "summary", "train"]
 
+_FLAGS = ("latent_dim", "layers", "hidden", "activation", "likelihood", "prior", "network")  # of train, for models
 _DATA, _MODEL, _OBJECTIVE, _FIT, _RUN = "Data", "Model and guide", "Objective", "Optimization", "Run"
 
 
@@ -24,9 +26,13 @@ def train(
         str,
         typer.Option(
             rich_help_panel=_DATA,
-            help="Data set: digits (embedded), mnist, …; see: pyrovae list datasets",
+            help="Data set: digits (embedded), mnist, …; see: pyrovae list datasets. Or your own: the path of a .npy,"
+            " .npz, .csv or folder of images (table.csv?labels=species&seed=1).",
         ),
     ],
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="Generative model; see: pyrovae list models", show_default="VAE")
+    ] = "VAE",
     binarization: Annotated[
         str | None,
         typer.Option(
@@ -36,18 +42,20 @@ def train(
             show_default="the data set's own",
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(rich_help_panel=_MODEL, help="Generative model; see: pyrovae list models")
-    ] = "VAE",
     guide: Annotated[
-        str, typer.Option(rich_help_panel=_MODEL, help="Approximate posterior; see: pyrovae list guides")
-    ] = "AmortizedNormal",
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Approximate posterior; see: pyrovae list guides",
+            show_default="the model's own",
+        ),
+    ] = None,
     latent_dim: Annotated[
         int | None,
         typer.Option(
             min=1,
             rich_help_panel=_MODEL,
-            help="Number of latent dimensions of VAE; 2 can be drawn as a map.",
+            help="Number of latent dimensions; 2 can be drawn as a map.",
             show_default="2",
         ),
     ] = None,
@@ -55,9 +63,9 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="Numbers of binary units of SigmoidBeliefNet's latent layers, from the data upwards, with commas"
-            " between.",
-            show_default="200",
+            help="Numbers of units of the latent layers of SigmoidBeliefNet and HierarchicalVAE, from the data upwards,"
+            " with commas between.",
+            show_default="200; 100,50",
         ),
     ] = None,
     hidden: Annotated[
@@ -81,8 +89,8 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="p(x | z) of VAE: bernoulli (pixels 0 or 1), continuous-bernoulli (in 0 … 1), normal (real"
-            " numbers), categorical-256 (8-bit levels).",
+            help="p(x | z): bernoulli (pixels 0 or 1), continuous-bernoulli (in 0 … 1), normal or laplace (real"
+            " numbers), categorical-256, discretized-logistic or discretized-logistic-mixture (8-bit levels).",
             show_default="bernoulli; continuous-bernoulli with --binarization none",
         ),
     ] = None,
@@ -99,13 +107,34 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel=_MODEL,
-            help="Of VAE: mlp (fully connected) or conv (convolutions, for images).",
+            help="mlp (fully connected) or conv (convolutions, for images).",
             show_default="mlp",
         ),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            rich_help_panel=_MODEL,
+            help="Any other argument of the model, its value as in JSON: --option blocks=2 --option write_size=5.",
+        ),
+    ] = None,
+    guide_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            rich_help_panel=_MODEL,
+            help="Any argument of the guide: --guide-option flow=planar --guide-option depth=8.",
+        ),
+    ] = None,
     objective: Annotated[
-        str, typer.Option(rich_help_panel=_OBJECTIVE, help="Bound to maximise; see: pyrovae list objectives")
-    ] = "ELBO",
+        str | None,
+        typer.Option(
+            rich_help_panel=_OBJECTIVE,
+            help="Bound to maximise; see: pyrovae list objectives",
+            show_default="the model's own",
+        ),
+    ] = None,
     particles: Annotated[
         int | None,
         typer.Option(
@@ -262,8 +291,9 @@ def train(
 
     pyrovae train --data mnist --latent-dim 50 --objective IWAE --particles 5 --gradient dreg --early-stopping 20
 
-    pyrovae train --data digits --model SigmoidBeliefNet --layers 200,100
-    --guide AmortizedBernoulli --objective IWAE --particles 5 --gradient vimco
+    pyrovae train SigmoidBeliefNet --data digits --layers 200,100
+
+    pyrovae train DRAW --data digits --option steps=8 --option write_size=3 --option read_size=3
     """
     import torch
 
@@ -273,24 +303,25 @@ def train(
     beta_or_schedule = beta if warmup is None else pyrovae.LinearWarmup(warmup, end=1.0 if beta is None else beta)
     chosen = {"particles": particles, "gradient": gradient, "kl": kl, "beta": beta_or_schedule, "free_bits": free_bits}
     special = {"alpha": alpha, "order": order, "partitions": partitions, "wake": wake}
-    bound = registry.OBJECTIVES.build(_described(objective, **chosen, **special))
-    registry.MODELS[model], registry.GUIDES[guide]  # names are cheaper to check than data to load
+    kind = registry.MODELS[model]  # names are cheaper to check than data to load
+    bound = registry.OBJECTIVES.build(_objective(kind, objective, **chosen, **special))
+    posterior = kind.default_guide if guide is None else guide  # type: ignore[attr-defined]
+    registry.GUIDES[posterior]
     splits = pyrovae.datasets.load(data, binarization=binarization)
     torch.manual_seed(seed)
-    generative = model_for(
-        splits,
-        model,
-        latent_dim=latent_dim,
-        layers=_widths("layers", layers),
-        hidden=_widths("hidden", hidden),
-        activation=activation,
-        likelihood=likelihood,
-        prior=prior,
-        network=network,
-    )
+    flags = {
+        "latent_dim": latent_dim,
+        "layers": _widths("layers", layers),
+        "hidden": _widths("hidden", hidden),
+        "activation": activation,
+        "likelihood": likelihood,
+        "prior": prior,
+        "network": network,
+    }
+    generative = model_for(splits, model, **{**flags, **_named("--option", option)})
     run = pyrovae.fit(
         generative,
-        registry.GUIDES.build(_described(guide), generative),
+        registry.GUIDES.build(_described(posterior, **_named("--guide-option", guide_option)), generative),
         splits.train,
         objective=bound,
         validation=splits.validation,
@@ -329,10 +360,17 @@ def model_for(splits: Splits, name: str, **arguments: Any) -> Any:
 
     given = {argument: value for argument, value in arguments.items() if value is not None}
     takes = list(inspect.signature(registry.MODELS[name]).parameters)
+    if "data_shape" not in takes or "classes" in takes:
+        raise ArgumentError(
+            f"model {name} is not of one array of independent data points, which is what a data set gives it here."
+            f" Fit it in Python: the docstring of pyrovae.models.{name} shows how."
+        )
     for argument in given:
         if argument not in takes:
-            allowed = ", ".join(_option(other) for other in takes if other in arguments)
-            raise ArgumentError(f"model {name} has no {_option(argument)}; its options are {allowed}")
+            flags = [_option(other) if other in _FLAGS else f"--option {other}=…" for other in takes]
+            allowed = ", ".join(flag for flag, other in zip(flags, takes, strict=True) if other != "data_shape")
+            said = _option(argument) if argument in _FLAGS else f"--option {argument}=…"
+            raise ArgumentError(f"model {name} has no {said}; its options are {allowed}")
     intensities = splits.binarization == "none"
     defaults = {"latent_dim": 2, "likelihood": "continuous-bernoulli" if intensities else "bernoulli"}
     given = {argument: value for argument, value in defaults.items() if argument in takes} | given
@@ -368,6 +406,31 @@ def as_rows(said: dict[str, Any]) -> list[tuple[str, str]]:
     if said["validation_bound_nats"] is not None:
         rows.append(("validation bound", f"{said['validation_bound_nats']:.3f} nats per data point"))
     return rows
+
+
+def _objective(model: type, name: str | None, **arguments: Any) -> dict[str, Any]:
+    """The configuration of the objective: the model's own, where none is named, with the arguments that were given."""
+    own = model.default_objective  # type: ignore[attr-defined]
+    if name is not None:
+        return _described(name, **arguments)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    return _described(own["name"], **own["arguments"] | given)
+
+
+def _named(option: str, given: list[str] | None) -> dict[str, Any]:
+    """The arguments of ``NAME=VALUE`` texts, whose values are JSON, or else words."""
+    from pyrovae.errors import ArgumentError
+
+    found = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ArgumentError(f"{option} is {text!r}; give NAME=VALUE, as steps=8")
+        try:
+            found[name.replace("-", "_")] = json_value(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    return found
 
 
 def _described(name: str, **arguments: Any) -> dict[str, Any]:

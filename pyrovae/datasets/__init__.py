@@ -2,7 +2,8 @@
 
 Source files are checked against their sha256 before they are used. They are looked for under the ``root``
 argument, or else under ``$PYROVAE_DATA`` and then the cache (``~/.cache/pyrovae``), and are downloaded when
-missing. ``digits`` needs no file and no network.
+missing. ``digits`` needs no file and no network. ``from_path`` reads files of your own, and ``table`` gives small
+classic tables.
 
 Example:
     >>> digits = load("digits")
@@ -11,6 +12,8 @@ Example:
 """
 
 from pyrovae.datasets.base import Split, Splits
+from pyrovae.datasets.own_files import from_path
 from pyrovae.datasets.registry import describe, load, names
+from pyrovae.datasets.tables import Table, table, tables
 
-__all__ = ["Split", "Splits", "describe", "load", "names"]
+__all__ = ["Split", "Splits", "Table", "describe", "from_path", "load", "names", "table", "tables"]

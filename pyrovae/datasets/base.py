@@ -1,7 +1,8 @@
-"""What a data set is: three splits of images, each of which knows how it is binarized."""
+"""What a data set is: three splits of images (or of rows of numbers), each of which knows how it is binarized."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from pyrovae.errors import ArgumentError, DataError
 
-__all__ = ["BINARIZATIONS", "STATIC_SEED", "Binarization", "Split", "Splits", "make_splits"]
+__all__ = ["BINARIZATIONS", "STATIC_SEED", "Binarization", "Split", "Splits", "is_binary", "make_splits", "random_rows"]
 
 Binarization = Literal["none", "static", "dynamic"]
 BINARIZATIONS: tuple[Binarization, ...] = get_args(Binarization)
@@ -26,10 +27,10 @@ class Split(Dataset[Tensor]):
     """One split: images, their labels, and how an image becomes an observation.
 
     Args:
-        x: A float32 `n x *event_shape` tensor; {0, 1} where ``binarization`` is ``"static"``, intensities in
-            [0, 1] otherwise.
+        x: A float32 `n x *event_shape` tensor: {0, 1} where ``binarization`` is ``"static"``, intensities in
+            [0, 1] where it is ``"dynamic"``, finite numbers where it is ``"none"`` (images are in [0, 1] there too).
         y: An int64 `n` tensor of labels, or ``None`` where the data have none.
-        binarization: ``"none"`` observes the intensities; ``"static"`` observes pixels that were drawn once;
+        binarization: ``"none"`` observes ``x`` as it is; ``"static"`` observes pixels that were drawn once;
             ``"dynamic"`` draws each pixel from Bernoulli(intensity) anew whenever it is observed.
         name: of the data set it belongs to, for a run's configuration; empty where it belongs to none.
 
@@ -68,9 +69,13 @@ class Split(Dataset[Tensor]):
                 f"it must be int64 of shape ({len(self.x)},), a label for each row of x, or None"
             )
         low, high = (bound.item() for bound in torch.aminmax(self.x))
-        if not (low >= 0 and high <= 1):
-            raise DataError(f"x lies in [{low:g}, {high:g}]; intensities must be finite and in [0, 1]")
-        if self.binarization == "static" and not ((self.x == 0) | (self.x == 1)).all():
+        if not math.isfinite(high - low):
+            raise DataError(f"x lies in [{low:g}, {high:g}]; it must be finite")
+        if self.binarization != "none" and not (low >= 0 and high <= 1):
+            raise DataError(
+                f"x lies in [{low:g}, {high:g}]; intensities to be binarized ({self.binarization}) must be in [0, 1]"
+            )
+        if self.binarization == "static" and not is_binary(self.x):
             raise DataError("x has values between 0 and 1; a static split holds pixels that are 0 or 1")
 
     def __len__(self) -> int:
@@ -111,12 +116,14 @@ class Splits:
     with a fixed seed, and marked ``"static"``, so that bounds on them can be compared between epochs and runs.
 
     Args:
-        name: the name it was loaded by.
+        name: the name it was loaded by; ``load(name)`` gives these splits again.
         train: what to fit.
         validation: what to choose by.
         test: what to report.
         classes: name of each label; empty where the data have no labels.
         binarization: what was asked of ``load``.
+        note: what a reader of figures on these splits should know, such as that they are only a part of a
+            data set; empty where there is nothing to say.
 
     Example:
         >>> from pyrovae import datasets
@@ -131,6 +138,7 @@ class Splits:
     test: Split
     classes: tuple[str, ...]
     binarization: Binarization
+    note: str = ""
 
     @property
     def event_shape(self) -> torch.Size:
@@ -138,19 +146,30 @@ class Splits:
         return self.train.event_shape
 
     def describe(self) -> dict[str, Any]:
-        """What a run's ``config.json`` says of its data; only strings, ints, lists and dicts.
+        """What there is to say of the data in a run's ``config.json``; only strings, ints, lists and dicts.
 
         Example:
             >>> from pyrovae import datasets
             >>> datasets.load("digits").describe()["sizes"]
             {'train': 1197, 'validation': 300, 'test': 300}
         """
-        return {
+        described = {
             "name": self.name,
             "binarization": self.binarization,
             "sizes": {part: len(getattr(self, part)) for part in ("train", "validation", "test")},
             "event_shape": list(self.event_shape),
         }
+        return described | ({"note": self.note} if self.note else {})
+
+
+def is_binary(x: Tensor) -> bool:
+    """Whether all elements are 0 or 1.
+
+    Example:
+        >>> is_binary(torch.tensor([0.0, 1.0])), is_binary(torch.tensor([0.0, 0.5]))
+        (True, False)
+    """
+    return bool(((x == 0) | (x == 1)).all())
 
 
 def make_splits(
@@ -159,15 +178,18 @@ def make_splits(
     labels: Sequence[Tensor | None],
     classes: tuple[str, ...],
     binarization: Binarization,
+    note: str = "",
 ) -> Splits:
     """Splits from intensities, drawn once with the fixed seed where ``binarization`` says so.
 
     Args:
         name: the data set's name.
-        images: intensities of train, validation and test, each a float32 `n x *event_shape` tensor in [0, 1].
+        images: intensities of train, validation and test, each a float32 `n x *event_shape` tensor, in [0, 1]
+            unless ``binarization`` is ``"none"``.
         labels: an int64 `n` tensor each, or ``None``.
         classes: name of each label.
         binarization: how to binarize, see ``Split`` and ``Splits``.
+        note: see ``Splits``.
 
     Returns:
         The splits; validation and test are the same pixels for ``"static"`` and ``"dynamic"``.
@@ -181,9 +203,42 @@ def make_splits(
     parts = []
     for index, (x, y) in enumerate(zip(images, labels, strict=True)):
         kind: Binarization = "static" if binarization == "dynamic" and index > 0 else binarization
-        if kind == "static":
+        # Binary pixels are their own draw, and what is no intensity Split refuses, and says why.
+        if kind == "static" and bool((x >= 0).all()) and bool((x <= 1).all()) and not is_binary(x):
             # A generator for each split, so that a split's pixels do not depend on the size of the one before.
             x = torch.bernoulli(x, generator=torch.Generator().manual_seed(STATIC_SEED + index))
         parts.append(Split(x, y, kind, name))
     train, validation, test = parts
-    return Splits(name, train, validation, test, classes, binarization)
+    return Splits(name, train, validation, test, classes, binarization, note)
+
+
+def random_rows(
+    rows: int, validation: int, test: int, seed: int, stratify: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of a random partition into train, validation and test, the same on every machine.
+
+    Args:
+        rows: how many there are.
+        validation: how many validate.
+        test: how many test; the other rows train.
+        seed: of the partition.
+        stratify: a label for each row, to have every class in proportion; ``None`` leaves that to chance.
+
+    Returns:
+        int64 tensors of row numbers, each in ascending order.
+
+    Example:
+        >>> [part.tolist() for part in random_rows(6, validation=2, test=1, seed=0)]
+        [[1, 3, 4], [0, 2], [5]]
+    """
+    # Imported here because it is slow to import. Its permutations are those of numpy's RandomState, which is frozen.
+    from sklearn.model_selection import train_test_split
+
+    def apart(where: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        labels = None if stratify is None else stratify[where]
+        rest, chosen = train_test_split(where.numpy(), test_size=size, stratify=labels, random_state=seed)
+        return torch.from_numpy(rest).sort().values, torch.from_numpy(chosen).sort().values
+
+    rest, held_out = apart(torch.arange(rows), test)
+    train, validating = apart(rest, validation)
+    return train, validating, held_out

@@ -7,10 +7,12 @@ import hashlib
 import os
 import urllib.request
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
 from pyrovae.atomic import replacing
@@ -18,6 +20,7 @@ from pyrovae.errors import ArgumentError, CorruptFileError, DataUnavailableError
 
 __all__ = [
     "DOWNLOAD_ERRORS",
+    "PublishedFile",
     "VARIABLE",
     "as_folder",
     "cache",
@@ -25,10 +28,13 @@ __all__ = [
     "download_root",
     "find_file",
     "find_root",
+    "obtain",
+    "read_mat",
     "roots",
     "sha256",
     "unavailable",
     "verify",
+    "verify_array",
 ]
 
 VARIABLE = "PYROVAE_DATA"
@@ -36,6 +42,22 @@ VARIABLE = "PYROVAE_DATA"
 DOWNLOAD_ERRORS = (OSError, HTTPException)
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file that a data set is read from.
+
+    Args:
+        path: where it lies below a root.
+        sha256: its hexadecimal sha256; empty where its content is checked instead, since it is published in
+            several encodings.
+        url: where precisely this file can be had; empty where nowhere.
+    """
+
+    path: str
+    sha256: str = ""
+    url: str = ""
 
 
 def as_folder(path: str | Path, origin: str) -> Path:
@@ -170,8 +192,76 @@ def _receive(response: HTTPResponse, file: BinaryIO, name: str) -> str:
     return digest.hexdigest()
 
 
+def obtain(name: str, published: Sequence[PublishedFile], root: Path | None, source: str) -> list[Path]:
+    """Paths of all files of a data set, each found or else downloaded, and verified.
+
+    Args:
+        name: the data set, for messages.
+        published: the files.
+        root: the ``root`` argument.
+        source: where the files are published, and what to do with what is there, for messages.
+
+    Raises:
+        DataUnavailableError: a file is missing and could not be downloaded.
+        CorruptFileError: a file is not the published one.
+    """
+    paths = []
+    for file in published:
+        path = find_file([file.path], root)
+        if path is None:
+            required = [other.path for other in published]
+            if not file.url:
+                raise unavailable(name, required, root, source)
+            path = download_root(root) / file.path
+            try:
+                download(file.url, path, file.sha256)
+            except DOWNLOAD_ERRORS as error:
+                raise unavailable(name, required, root, source, error) from error
+        if file.sha256:
+            verify(path, file.sha256, source)
+        paths.append(path)
+    return paths
+
+
+def read_mat(path: Path, variable: str) -> np.ndarray[Any, Any]:
+    """A variable of a MATLAB file (up to version 7).
+
+    Raises:
+        CorruptFileError: it is not such a file, or has no such variable.
+    """
+    from scipy.io import loadmat  # here because it is slow to import
+
+    try:
+        return loadmat(path, variable_names=[variable])[variable]
+    except Exception as error:  # on a damaged file scipy raises whatever it stumbles over
+        raise CorruptFileError(
+            f"{path} is not a MATLAB file with a variable {variable!r} ({type(error).__name__}: {error}); replace it"
+        ) from error
+
+
+def verify_array(path: Path, array: np.ndarray[Any, Any], shape: tuple[int, ...], expected: str, source: str) -> None:
+    """Checks the 8-bit content of a file that is published in several encodings.
+
+    Args:
+        path: the file.
+        array: what it holds.
+        shape: the shape that this must have.
+        expected: hexadecimal sha256 of its elements in row-major order.
+        source: where it is published, for the message.
+
+    Raises:
+        CorruptFileError: its content is another one.
+    """
+    found = hashlib.sha256(array.tobytes()).hexdigest()
+    if array.dtype != np.uint8 or array.shape != shape or found != expected:
+        raise CorruptFileError(
+            f"{path} has other content than published: {array.dtype} of shape {array.shape} with sha256 {found}, "
+            f"expected uint8 of shape {shape} with {expected}; replace it by the file from {source}"
+        )
+
+
 def unavailable(
-    name: str, required: Iterable[str], root: Path | None, source: str, cause: BaseException
+    name: str, required: Iterable[str], root: Path | None, source: str, cause: BaseException | None = None
 ) -> DataUnavailableError:
     """The error for a data set that is not here and could not be fetched.
 
@@ -180,7 +270,7 @@ def unavailable(
         required: the files that it wants, as paths below a root.
         root: the ``root`` argument.
         source: where the files are published.
-        cause: why the download failed.
+        cause: why the download failed; ``None`` where there is nothing that could be downloaded.
 
     Returns:
         The error, for the caller to raise.
@@ -194,8 +284,10 @@ get its files from http://a.org, put them in data as MNIST/raw/a, or set PYROVAE
     folders = " or ".join(str(folder) for folder in roots(root))
     target = download_root(root)
     reason = " ".join(str(cause).split())  # torchvision's has a line for each mirror
+    tried = "it cannot be downloaded in this form"
+    if cause is not None:
+        tried = f"the download to {target} failed ({type(cause).__name__}: {reason})"
     return DataUnavailableError(
-        f"data set {name!r} was not found below {folders}, and the download to {target} failed "
-        f"({type(cause).__name__}: {reason}); get its files from {source}, put them in {target} as "
-        f"{', '.join(required)}, or set {VARIABLE} to a folder that has them"
+        f"data set {name!r} was not found below {folders}, and {tried}; get its files from {source}, "
+        f"put them in {target} as {', '.join(required)}, or set {VARIABLE} to a folder that has them"
     )

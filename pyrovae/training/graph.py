@@ -324,7 +324,9 @@ def _inductor(
             recording = library.recording() if library is not None and repeats else contextlib.nullcontext()
             patches = library.options if library is not None else None
             with recording as loop, _cacheable():
-                run: Any = compile_fx(graph, [tensor.detach() for tensor in inputs], config_patches=patches)
+                run: Any = compile_fx(
+                    graph, [tensor.detach() for tensor in inputs], config_patches=patches, ignore_shape_env=True
+                )
     return run, loop
 
 

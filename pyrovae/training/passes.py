@@ -123,6 +123,7 @@ def use_library(graph: GraphModule, library: Native) -> None:
             if not node.kwargs and _fits(left, right, *bias):
                 with graph.graph.inserting_before(node):
                     found = graph.graph.call_function(library.product, (left, right, *(bias or [None])))
+                found.meta["val"] = node.meta["val"]  # which a product of this one asks for
                 _replace(node, found)
         elif node.target is aten._foreach_pow.ScalarAndTensor and all(map(_is_scalar, node.args[1])):
             base, exponents = node.args

@@ -19,7 +19,8 @@ from pyrovae.registry import GUIDES, MODELS, OBJECTIVES
 
 COMMANDS = ("train", "evaluate", "sample", "report", "list", "demo")
 OPTIONS = (
-    "data", "binarization", "model", "guide", "latent-dim", "hidden", "activation", "likelihood", "prior", "network",
+    "data", "binarization", "guide", "option", "guide-option", "latent-dim", "hidden", "activation", "likelihood",
+    "prior", "network",
     "objective", "particles", "gradient", "kl", "beta", "warmup", "free-bits", "epochs", "batch-size", "lr",
     "optimizer", "schedule", "clip-norm", "early-stopping", "precision", "device", "seed", "run-dir", "resume", "quiet",
     "json",

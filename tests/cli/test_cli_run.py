@@ -204,7 +204,7 @@ def test_report_has_the_numbers_and_the_pictures(run_dir: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("layers", ["12", "12,6"])
 def test_every_command_on_a_net_of_binary_codes(tmp_path: Path, layers: str) -> None:
-    options = ("--model", "SigmoidBeliefNet", "--guide", "AmortizedBernoulli", "--layers", layers, "--hidden", "")
+    options = ("SigmoidBeliefNet", "--guide", "AmortizedBernoulli", "--layers", layers, "--hidden", "")
     run = trained(tmp_path / "run", *options, "--objective", "IWAE", "--particles", 5, "--gradient", "vimco")
     found = answer("evaluate", run, "--particles", 20)
     assert found["latent_dim"] == 12

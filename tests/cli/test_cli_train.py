@@ -19,7 +19,7 @@ from pyrovae.models import VAE
 
 DIGITS = ("train", "--data", "digits", "--hidden", "16", "--quiet")
 NET = (
-    "--model", "SigmoidBeliefNet", "--guide", "AmortizedBernoulli", "--objective", "IWAE", "--particles", "5",
+    "SigmoidBeliefNet", "--guide", "AmortizedBernoulli", "--objective", "IWAE", "--particles", "5",
     "--gradient", "vimco",
 )  # fmt: skip
 
@@ -32,6 +32,29 @@ def test_default_folder_and_what_is_printed(tmp_path: Path, monkeypatch: pytest.
     last = rows(folder)[-1]
     assert f"{last['bound']:.3f} nats per data point" in text
     assert f"{last['validation_bound']:.3f} nats per data point" in text
+
+
+def test_every_other_argument_of_a_model_and_a_guide_is_an_option(tmp_path: Path) -> None:
+    succeed(
+        "train", "DRAW", "--data", "digits", "--run-dir", tmp_path / "draw", "--epochs", 1, "--quiet",
+        "--compile", "no", "--option", "steps=3", "--option", "hidden=8", "--option", "write_size=3",
+        "--guide-option", "hidden=9",
+    )  # fmt: skip
+    run = pyrovae.load(tmp_path / "draw")
+    assert (type(run.model).__name__, type(run.guide).__name__) == ("DRAW", "AmortizedDRAW")
+    assert (run.model.steps, run.model.hidden, run.model.write_size) == (3, 8, 3)
+    assert run.config["objective"] == {**run.config["objective"], "name": "ELBO"}
+    assert run.config["guide"]["arguments"]["hidden"] == 9
+
+
+@pytest.mark.parametrize("model", ["Autoencoder", "HierarchicalVAE", "SphericalVAE", "SigmoidBeliefNet"])
+def test_a_model_brings_its_own_guide_and_objective(tmp_path: Path, model: str) -> None:
+    small = ("--latent-dim", "2") if model in ("Autoencoder", "SphericalVAE") else ("--layers", "4,2")
+    said = answer("train", model, *DIGITS[1:], *small, "--epochs", 1, "--compile", "no", "--run-dir", tmp_path / "run")
+    assert said["epochs"] == 1
+    run = pyrovae.load(tmp_path / "run")
+    assert type(run.guide).__name__ == type(run.model).default_guide
+    assert run.config["objective"]["name"] == type(run.model).default_objective["name"]
 
 
 def test_same_run_as_through_the_api(tmp_path: Path) -> None:
@@ -201,7 +224,7 @@ def test_ctrl_c_says_where_the_checkpoint_is(tmp_path: Path, extra: tuple[str, .
     ("arguments", "said"),
     [
         (("--data", "digist"), "did you mean 'digits'?"),
-        (("--model", "VEA"), "did you mean 'VAE'?"),
+        (("VEA",), "did you mean 'VAE'?"),
         (("--guide", "Amortised"), "unknown guide 'Amortised'"),
         (("--objective", "ELBOW"), "did you mean 'ELBO'?"),
         (("--gradient", "pathwize"), "did you mean 'pathwise'?"),
@@ -210,6 +233,11 @@ def test_ctrl_c_says_where_the_checkpoint_is(tmp_path: Path, extra: tuple[str, .
         (("--likelihood", "poisson"), "unknown likelihood 'poisson'"),
         (("--likelihood", "bernoulli", "--binarization", "none"), "use --likelihood continuous-bernoulli"),
         (("--binarization", "often"), "allowed: none, static, dynamic"),
+        (("LinearMixedModel",), "model LinearMixedModel is not of one array of independent data points"),
+        (("ConditionalVAE",), "Fit it in Python: the docstring of pyrovae.models.ConditionalVAE"),
+        (("--option", "wings=2"), "model VAE has no --option wings=…; its options are --latent-dim, --hidden"),
+        (("--option", "blocks"), "--option is 'blocks'; give NAME=VALUE"),
+        (("--guide-option", "wings=2"), "guide AmortizedNormal: got an unexpected keyword argument 'wings'"),
         (("--activation", "rleu"), "unknown activation 'rleu'"),
         (("--prior", "flat"), "unknown prior 'flat'"),
         (("--network", "cnn"), "unknown network 'cnn'"),

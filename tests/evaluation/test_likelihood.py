@@ -217,7 +217,7 @@ def test_a_subsampled_plate_is_refused():
         with pyro.plate("data", 100, subsample=torch.arange(len(x))):
             pyro.sample("z", dist.Normal(x / 2, 0.7))
 
-    with pytest.raises(ModelGuideError, match="subsampled data plate"):
+    with pytest.raises(ModelGuideError, match="a subsampled plate"):
         log_likelihood(model, guide, torch.zeros(5), 3)
 
 

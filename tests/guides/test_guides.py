@@ -1,4 +1,4 @@
-"""Amortized guides of one latent vector and of binary layers; test_contract.py has what they share with all others."""
+"""Amortized guides of one latent vector and of binary layers; test_all_guides.py has what all guides share."""
 
 from __future__ import annotations
 

@@ -131,6 +131,8 @@ def _no_figure_is_left() -> Iterator[None]:
 
 def test_every_plot_is_under_contract() -> None:
     elsewhere = {"contour_panels", "ecdf_difference", "posterior_contours", "rank_histogram"}  # test_posterior.py
+    elsewhere |= {"analogies", "attribute_slider", "attribute_strip", "interpolation_strips", "neighbours"}
+    elsewhere |= {"canvas_animation", "canvas_steps", "forecast_bands"}  # test_canvas.py, test_forecast.py
     assert set(DRAW) | {"report"} | elsewhere == set(plots.__all__)
 
 

@@ -86,6 +86,16 @@ def test_which_products_the_library_takes(left: Tensor, right: Tensor, replaced:
     assert (aten.mm.default in targets(module)) != replaced
 
 
+def test_a_product_of_a_product_is_taken_too() -> None:
+    found = native()
+    if found is None or found.product is None:
+        pytest.skip("no kernels for this processor")
+    matrices = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5, 2)
+    module = traced(lambda a, b, c: a @ b @ c, *matrices)
+    use_library(module, found)
+    assert targets(module).count(found.product) == 2
+
+
 def test_powers_of_step_counts_are_taken_once_and_agree() -> None:
     parameters = [torch.ones(3), torch.ones(2, 2)]
     steps = [torch.tensor(4.0), torch.tensor(9.0)]

@@ -134,20 +134,6 @@ def test_fits_through_every_door(tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_compiles():
-    y = torch.arange(40) % 3
-    x = torch.bernoulli(torch.full((40, 6), 0.3))
-    bounds = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = ConditionalVAE(data_shape=(6,), latent_dim=1, classes=3, hidden=(8,))
-        guide = AmortizedConditional(model)
-        options = dict(epochs=5, batch_size=20, compile=compile, progress=False)
-        bounds.append(pyrovae.fit(model, guide, (x, y), **options).history[-1]["bound"])
-    assert bounds[0] == pytest.approx(bounds[1], rel=1e-3)
-
-
 def test_is_rebuilt_from_its_configuration(model):
     again = MODELS.build(configuration(model))
     again.load_state_dict(model.state_dict())

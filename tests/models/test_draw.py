@@ -521,30 +521,19 @@ def test_bad_calls_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(None, None), (2, 3)], ids=["all", "attention"])
-def test_a_compiled_fit_of_digits_is_the_eager_one_and_climbs(sizes):
+def test_a_fit_of_digits_climbs(sizes):
     digits = pyrovae.datasets.load("digits").train
-    histories = []
-    for compiled in (True, False):
-        torch.manual_seed(0)
-        read, write = sizes
-        model = DRAW((8, 8), steps=3, latent_dim=4, hidden=32, read_size=read, write_size=write)
-        run = pyrovae.fit(
-            model,
-            AmortizedDRAW(model),
-            digits,
-            objective=pyrovae.ELBO(kl="analytic"),
-            epochs=8,
-            batch_size=50,
-            lr=1e-2,
-            compile=compiled,
-            progress=False,
-        )
-        histories.append([row["bound"] for row in run.history])
-    compiled, eager = histories
+    torch.manual_seed(0)
+    read, write = sizes
+    model = DRAW((8, 8), steps=3, latent_dim=4, hidden=32, read_size=read, write_size=write)
+    objective = pyrovae.ELBO(kl="analytic")
+    run = pyrovae.fit(
+        model, AmortizedDRAW(model), digits, objective=objective, epochs=8, batch_size=50, lr=1e-2, compile=False,
+        progress=False,
+    )  # fmt: skip
+    bounds = [row["bound"] for row in run.history]
     p = digits.x.mean(0).clamp(1e-6, 1 - 1e-6)
     independent = float((p * p.log() + (1 - p) * (1 - p).log()).sum())  # the best without latents, −27.1 nats
     # An attentive decoder first learns where to write: in so few steps little more than the mean.
-    assert compiled[-1] > independent + (0.5 if sizes == (None, None) else -0.6)
-    assert compiled[0] < independent - 1.5
-    assert compiled[:2] == pytest.approx(eager[:2], rel=1e-3)  # then rounding has grown
-    assert compiled[-1] == pytest.approx(eager[-1], rel=0.03)
+    assert bounds[-1] > independent + (0.5 if sizes == (None, None) else -0.6)
+    assert bounds[0] < independent - 1.5

@@ -206,19 +206,6 @@ def test_svi_reaches_the_same_optimum(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_fit_is_the_eager_one():
-    x, y = drawn(20)
-    bounds = []
-    for compile in (False, True):
-        model = GaussianProcess(**START).double()
-        run = pyrovae.fit(
-            model, lambda x, y: None, (x, y), epochs=6, batch_size=20, lr=0.05, compile=compile, progress=False
-        )
-        bounds.append([row["bound"] for row in run.history])
-    np.testing.assert_allclose(bounds[1], bounds[0], rtol=1e-6)
-
-
-@pytest.mark.slow
 def test_intervals_of_the_length_scale_cover_it():
     """90 data sets of 60 points over ten length-scales: binomial limits at 1 in 1000 around 90 %."""
     low, high = stats.binom(90, 0.9).interval(0.999)

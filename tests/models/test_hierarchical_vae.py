@@ -333,23 +333,6 @@ def test_guides_tell_of_bad_widths_and_the_model_of_bad_data():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(kind):
-    bounds = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = HierarchicalVAE(data_shape=(3,), layers=(3, 2), hidden=((4,), (3,)))
-        guide = kind(model)
-        x = (torch.rand(12, 3) < 0.5).float()
-        run = pyrovae.fit(
-            model, guide, x, objective=pyrovae.IWAE(4, gradient="dreg"), epochs=3, batch_size=6, compile=compile,
-            seed=0, progress=False,
-        )  # fmt: skip
-        bounds.append([row["bound"] for row in run.history])
-    assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 def test_two_layers_learn_the_digits(kind):
     """Above independent pixels; the test digits are by other writers, and a short fit already gains less there."""
     digits = pyrovae.datasets.load("digits")

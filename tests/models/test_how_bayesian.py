@@ -230,18 +230,6 @@ def test_treatments_of_a_plain_function():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("treatment", ["map-ii", "bayes"])
-def test_compiled_fit_is_the_eager_one(treatment):
-    bounds = []
-    for compile in (False, True):
-        pyro.set_rng_seed(0)
-        model, y = simulated()
-        run = fit(*treat(model, treatment), y, epochs=5, lr=0.05, particles=4, compile=compile)
-        bounds.append([row["bound"] for row in run.history])
-    np.testing.assert_allclose(bounds[1], bounds[0], rtol=1e-4)
-
-
-@pytest.mark.slow
 def test_full_bayes_is_near_the_quadrature():
     model, y = simulated()
     log_evidence, means, deviations = quadrature(model, y)

@@ -310,15 +310,14 @@ def test_intervals_of_the_fixed_effects_cover_at_the_nominal_rate():
     assert 44 <= covered <= 60
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_run_is_saved_and_loaded(tmp_path, compile):
+def test_run_is_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     model = LinearMixedModel(1, {"g": (3, 1)})
     X = torch.ones(12, 1)
     data = (X, X, (torch.arange(12) % 3).unsqueeze(1), torch.randn(12))
     guide = FullRank(model)
     run = pyrovae.fit(
-        model, guide, data, batch_size=12, epochs=3, compile=compile, run_dir=tmp_path / "run", progress=False
+        model, guide, data, batch_size=12, epochs=3, compile=False, run_dir=tmp_path / "run", progress=False
     )
     again = pyrovae.load(tmp_path / "run", example=data)
     assert again.history == run.history

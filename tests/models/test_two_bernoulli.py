@@ -135,23 +135,6 @@ def test_maximum_likelihood_by_svi_recovers_the_table(b):
     assert gap.max() < 0.1  # of a Gaussian posterior from the exact one
 
 
-@pytest.mark.slow
-def test_compiled_fit_is_the_eager_one(tmp_path):
-    with torch.no_grad():
-        x = TwoBernoulli((0.5, -0.5), (2.0, 1.5))(size=200)
-    runs = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = TwoBernoulli()
-        guide = AmortizedNormal(model)
-        objective = pyrovae.ELBO(particles=4)
-        runs.append(
-            pyrovae.fit(model, guide, x, objective=objective, epochs=4, batch_size=50, compile=compile, progress=False)
-        )
-    for eager, compiled in zip(*(run.history for run in runs), strict=True):
-        assert abs(eager["bound"] - compiled["bound"]) < 1e-4
-
-
 def test_a_run_is_saved_and_loaded(tmp_path):
     model = TwoBernoulli((0.5, -0.5), (2.0, 1.5), nodes=40)
     x = model(size=60).detach()

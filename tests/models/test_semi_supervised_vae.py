@@ -214,17 +214,6 @@ def test_is_rebuilt_from_its_configuration():
     assert configuration(objective)["arguments"] == {"particles": 1, "alpha": 1.0, "kl": "sampled"}
 
 
-@pytest.mark.slow
-def test_compiles():
-    found = []
-    for compile in (False, True):
-        model, guide = make()
-        options = dict(epochs=4, batch_size=6, compile=compile, progress=False)
-        data = X.repeat(4, 1), Y.repeat(4)
-        found.append(pyrovae.fit(model, guide, data, objective=SemiSupervisedELBO(2), **options).history[-1]["bound"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
 LABEL = torch.tensor([0, 1, -1, -1, -1, -2])
 MISTAKES = {
     "prior": (ArgumentError, "unknown class_prior 'flat'", lambda: make(class_prior="flat")),

@@ -62,7 +62,7 @@ class Result:
         negative_elbo_error: its Monte Carlo standard error, in nats per data point.
         bound: validation bound at the parameters evaluated, in nats per data point.
         epoch: the epoch of these parameters.
-        active_units: number of active latent dimensions on the test data.
+        active_units: number of active latent dimensions on the test data; ``None`` for a guide without ``encode``.
         fit_seconds: time of all gradient steps, with those of the recipe it starts from.
         evaluation_seconds: time of the evaluation.
     """
@@ -73,7 +73,7 @@ class Result:
     negative_elbo_error: float
     bound: float
     epoch: int
-    active_units: int
+    active_units: int | None
     fit_seconds: float
     evaluation_seconds: float
 
@@ -236,6 +236,7 @@ def reproduce(
     *before, run = _trained(name, data, {"seed": seed, "progress": progress, **changes}, runs)
     start = time.perf_counter()
     test = pyrovae.evaluation.log_likelihood(run.model, run.guide, data.test, particles, seed=seed, progress=progress)
+    encodes = hasattr(run.guide, "encode")
     best = max(run.history, key=lambda row: row["validation_bound"])
     return Result(
         nll=-test.mean,
@@ -244,7 +245,7 @@ def reproduce(
         negative_elbo_error=test.mean_elbo_error,
         bound=best["validation_bound"],
         epoch=best["epoch"],
-        active_units=pyrovae.evaluation.active_units(run.guide, data.test).count,
+        active_units=pyrovae.evaluation.active_units(run.guide, data.test).count if encodes else None,
         fit_seconds=sum(row["seconds"] for stage in (*before, run) for row in stage.history),
         evaluation_seconds=time.perf_counter() - start,
     )

@@ -55,6 +55,7 @@ def test_an_unknown_recipe_is_named():
         reproduce("vae")
 
 
+@pytest.mark.slow
 def test_the_command_line_names_the_recipes():
     command = [sys.executable, "-m", "benchmarks.reproduce"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
@@ -70,6 +71,7 @@ def test_the_speed_benchmark_measures_what_it_names():
     assert all(seconds > 0 for seconds in medians.values())
 
 
+@pytest.mark.slow
 def test_the_objectives_benchmark_measures_what_it_names():
     medians = objectives.measure(particles=3, batch=4, repeats=1)
     named = {"IWAE, pathwise", "IWAE, dreg", "loop over particles", "Pyro's RenyiELBO", "IWAE, compiled"}

@@ -130,6 +130,7 @@ def test_entry_point_is_the_app() -> None:
     assert script.load() is app
 
 
+@pytest.mark.slow
 def test_process_prints_and_exits_as_the_runner_says() -> None:
     done = run_process("evaluate", "no/such/folder", "--json")
     assert done.returncode == 2

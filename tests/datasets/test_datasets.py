@@ -199,6 +199,7 @@ def standardized(draws: torch.Tensor, p: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", by_name(name for name in datasets.names() if "dynamic" in ALLOWED[name]))
+@pytest.mark.slow
 def test_draws_have_the_intensities_as_mean(name: str) -> None:
     grey, static, dynamic = (load(name, binarization) for binarization in ("none", "static", "dynamic"))
     for intensity, pixels, held_out in zip(parts(grey), parts(static), parts(dynamic), strict=True):

@@ -366,6 +366,7 @@ def test_bad_arguments_are_named():
 
 
 @pytest.mark.parametrize("n", [2, 12])
+@pytest.mark.slow
 def test_a_step_is_traced_twice_alike_and_gives_the_eager_gradients(n):
     raw, log_kappa = torch.randn(4, n), torch.randn(4)
 

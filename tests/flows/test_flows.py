@@ -284,6 +284,7 @@ def test_neighbouring_layers_reverse_the_order() -> None:
         assert (two.abs() > 1e-12).all()
 
 
+@pytest.mark.slow
 def test_importing_flows_leaves_validation_on() -> None:
     """Importing zuko turns the validation of all distributions off, in a process that had it on."""
     import subprocess

@@ -533,6 +533,7 @@ def fit(model, guide, x, steps, lr=0.02):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["packaged", "amortize"])
+@pytest.mark.slow
 def test_full_rank_reaches_the_evidence_and_the_diagonal_misses_it_by_the_known_kl(own):
     model = Linear(seed=11).double()
     x = model.evidence().sample((200,))

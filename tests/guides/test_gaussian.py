@@ -379,6 +379,7 @@ def test_minibatches_of_local_latents():
         assert (parameter.grad.nonzero().flatten() == torch.tensor([1, 4])).all()
 
 
+@pytest.mark.slow
 def test_minibatches_reach_the_exact_posterior():
     """Posterior N(y/2, 1/2) of each latent; the first call may see a minibatch too."""
     y = torch.randn(6).double()
@@ -414,6 +415,7 @@ def test_mean_field_optimum_on_a_correlated_gaussian():
 # Full-rank and factor covariance
 
 
+@pytest.mark.slow
 def test_full_rank_recovers_a_correlated_gaussian():
     guide = fit(gaussian, FullRank(gaussian))
     q = guide.get_posterior()

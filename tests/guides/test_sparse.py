@@ -259,6 +259,7 @@ def test_a_structure_of_another_size_is_refused():
 # Exactness and time
 
 
+@pytest.mark.slow
 def test_a_short_state_space_model_is_fitted_exactly():
     y = simulated(20)
     mean, variance, evidence = kalman_smoother(y.numpy())

@@ -127,6 +127,7 @@ def test_stl_has_no_variance_where_a_transformed_guide_is_the_posterior(particle
             assert torch.stack(rows).std(0).min() > 1e-1
 
 
+@pytest.mark.slow
 def test_leave_one_out_baseline_lowers_the_variance_of_the_score_function():
     model, guide = programs()
 

@@ -98,6 +98,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 def test_a_compiled_fit_is_the_eager_one_over_100_steps() -> None:
     """Random numbers, the schedule and the clipping included; 34 epochs of 3 steps."""
     with warnings.catch_warnings():

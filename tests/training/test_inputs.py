@@ -235,6 +235,7 @@ def exact_global_bound(x: Tensor, loc: float, scale: float) -> float:
 @pytest.mark.parametrize(
     ("batch_size", "subsample_size"), [(10, None), (GLOBAL, None), (GLOBAL, 10)], ids=["minibatch", "full", "own-plate"]
 )
+@pytest.mark.slow
 def test_autoguide_on_a_subsampled_plate_reaches_the_evidence_per_data_point(
     autoguide: type, batch_size: int, subsample_size: int | None
 ) -> None:

@@ -131,6 +131,7 @@ pyrovae.fit(
 """
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_training_process_saves_and_exits_with_143(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(

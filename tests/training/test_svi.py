@@ -103,6 +103,7 @@ def test_the_losses_are_pyros(name: str) -> None:
     assert torch.allclose(ours, losses(PyroSVI, *CASES[name], steps=100), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_modules_arguments_of_several_shapes_and_evaluation() -> None:
     """A graph for each shape, and for each argument that is no tensor; the loss is evaluated as Pyro does."""
 
@@ -229,6 +230,7 @@ def test_without_compile_it_is_pyros_step(monkeypatch: pytest.MonkeyPatch) -> No
         pyrovae.SVI(model, guide, adam(), Trace_ELBO(), compile="auto")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_is_warned_of_as_pyro_does() -> None:
     def broken(x: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))

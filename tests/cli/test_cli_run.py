@@ -186,6 +186,7 @@ def test_sample_refuses(run_dir: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "folder.npy") in complaint("sample", run_dir, "--output", tmp_path / "folder.npy")
 
 
+@pytest.mark.slow
 def test_report_has_the_numbers_and_the_pictures(run_dir: Path, tmp_path: Path) -> None:
     assert succeed("report", run_dir, "--particles", 20) == f"{run_dir / 'report.html'}\n"
     page = (run_dir / "report.html").read_text(encoding="utf-8")

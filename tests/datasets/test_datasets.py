@@ -163,6 +163,7 @@ def test_support_and_marks(splits: Splits) -> None:
             assert len(split.x[:100].unique()) > 10
 
 
+@pytest.mark.slow
 def test_every_load_gives_the_same_numbers_and_leaves_the_global_seed_alone(splits: Splits) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -40,6 +40,7 @@ def table():
     return compare_guides(target, (), guides, steps=700, lr=0.05)
 
 
+@pytest.mark.slow
 def test_full_rank_beats_mean_field_by_the_known_kl(table):
     field, full = table["field"], table["full"]
     gap = full.elbo - field.elbo

@@ -49,6 +49,7 @@ def assert_within(found, exact, error, bias):
     assert (found - exact).mean().abs() < 4 * error.square().sum().sqrt() / len(error) + bias
 
 
+@pytest.mark.slow
 def test_both_gaps_are_the_exact_ones(ppca):
     model, guide, x = ppca
     with torch.no_grad():  # the mean is off, and the scale twice the best
@@ -105,6 +106,7 @@ class LowRankGuide(FullGuide):
 
 
 @pytest.mark.parametrize("family", [FullGuide, LowRankGuide])
+@pytest.mark.slow
 def test_family_that_holds_the_posterior_has_no_approximation_gap(ppca, family):
     model, _, x = ppca
     guide = family()

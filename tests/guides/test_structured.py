@@ -497,6 +497,7 @@ def test_fits_a_normal_hierarchy_exactly():
     assert mean_field_gap(precision) > 0.7  # nats that the best factorized Gaussian lacks
 
 
+@pytest.mark.slow
 def test_fits_a_chain_exactly_and_better_than_any_mean_field():
     y = chain_data(6)
     guide = ASVI(chain(6))
@@ -542,6 +543,7 @@ def test_eight_schools_lie_between_full_rank_and_the_evidence():
     assert bounds["AutoMultivariateNormal"] - bounds["AutoNormal"] > 0.3
 
 
+@pytest.mark.slow
 def test_several_chains_in_a_plate_are_one_vectorized_loop():
     def series(y):
         with pyro.plate("series", len(y)):

@@ -351,6 +351,7 @@ def test_the_pathwise_gradient_is_that_of_finite_differences(kl):
     ],
     ids=["stl", "analytic", "dreg"],
 )
+@pytest.mark.slow
 def test_estimators_agree_with_the_pathwise_gradient(one, two):
     """Each gradient is that of 200 copies of three images, drawn 25 times."""
     model, guide = pair((2, 3), steps=2, latent_dim=1, hidden=3, encoder=3, read_size=2, write_size=2, scale=0.8)

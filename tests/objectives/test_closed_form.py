@@ -407,6 +407,7 @@ def test_elbo_of_a_subsampled_plate_is_that_of_all_data(gradient, kl):
     agree({gradient: z})
 
 
+@pytest.mark.slow
 def test_iwae_rises_to_the_evidence_of_a_mixture_in_two_dimensions():
     """z ~ Σ π_c N(m_c, 0.5² I), x | z ~ N(z, 0.9² I), so x ~ Σ π_c N(m_c, (0.5² + 0.9²) I); 3 points, many copies."""
     means = torch.tensor([[-1.5, 0.0], [0.5, 1.5], [1.0, -1.0]])

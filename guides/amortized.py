@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyro
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, DataError
 from pyrovae.guides.families import BernoulliVector, DiagonalNormal, FactorNormal, Family, FlowNormal, FullRankNormal
-from pyrovae.models.networks import ConvEncoder, full_precision, mlp
+from pyrovae.models.networks import ConvEncoder, full_precision, hidden_by_network, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES
 
 __all__ = ["AmortizedBernoulli", "AmortizedFactorCovariance", "AmortizedFlow", "AmortizedFullRank", "AmortizedNormal"]
+
+
+Hidden = Sequence[int] | Sequence[Sequence[int]]
 
 
 class LatentModel(Protocol):
@@ -254,7 +258,7 @@ class LayeredModel(Protocol):
 
     data_shape: tuple[int, ...]
     layers: tuple[int, ...]
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...] | tuple[tuple[int, ...], ...]
     activation: str
 
 
@@ -264,7 +268,7 @@ class EncodedLayers(PyroModule):
     Args:
         model: the model, of which it reads ``data_shape``, ``layers`` and, for what is not given here, the networks.
         family: makes the posterior family of a layer from its width.
-        hidden: widths of each encoder's hidden layers; ``None`` mirrors the model's.
+        hidden: widths of each encoder's hidden layers, or a list of them for each; ``None`` mirrors the model's.
         activation: name of the activation; ``None`` takes the model's.
     """
 
@@ -272,19 +276,18 @@ class EncodedLayers(PyroModule):
         self,
         model: LayeredModel,
         family: Callable[[int], Family],
-        hidden: Sequence[int] | None,
+        hidden: Hidden | None,
         activation: str | None,
     ) -> None:
         super().__init__()
         require(self, model, "layers")
-        hidden = tuple(reversed(model.hidden)) if hidden is None else tuple(hidden)
         self.data_shape = model.data_shape
         families = [family(width) for width in model.layers]
         self.families = nn.ModuleList(families)
         widths = (math.prod(self.data_shape), *model.layers)
         self.encoders = nn.ModuleList(
-            mlp(below, hidden, above.outputs, activation or model.activation)
-            for below, above in zip(widths[:-1], families, strict=True)
+            mlp(below, between, above.outputs, activation or model.activation)
+            for below, between, above in zip(widths[:-1], widths_upwards(model, hidden), families, strict=True)
         )
 
     def inputs(self, units: Tensor) -> Tensor:
@@ -380,6 +383,26 @@ def reshaped(x: Tensor, data_shape: tuple[int, ...], shape: tuple[int, ...]) -> 
             " Reshape the data, or build model and guide with their data_shape."
         )
     return x.reshape(*batch, *shape)
+
+
+def widths_upwards(model: LayeredModel, hidden: Hidden | None) -> tuple[tuple[int, ...], ...]:
+    """Widths of the hidden layers of each of a guide's networks, from below to above; ``None`` mirrors the model's."""
+    if hidden is not None:
+        return hidden_by_network(hidden, model.layers)
+    return tuple(widths[::-1] for widths in hidden_by_network(model.hidden, model.layers))
+
+
+@contextlib.contextmanager
+def held(model: object, when: bool) -> Iterator[None]:
+    """Within the block, if at all, what is computed from the model's parameters treats them as constants."""
+    parameters = [p for p in model.parameters() if p.requires_grad] if when and isinstance(model, nn.Module) else []
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def replayed() -> bool:

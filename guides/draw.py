@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pyro
@@ -11,9 +10,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyrovae.errors import ArgumentError, require_count
-from pyrovae.guides.amortized import replayed, reshaped
+from pyrovae.guides.amortized import held, replayed, reshaped
 from pyrovae.guides.families import DiagonalNormal
-from pyrovae.guides.hierarchical import _held
 from pyrovae.models.draw import DRAW, LSTM, Attention, Drawing
 from pyrovae.models.networks import full_precision, mlp
 from pyrovae.modes import device_of
@@ -81,8 +79,7 @@ class AmortizedDRAW(PyroModule):
         x = reshaped(x, self.data_shape, self.data_shape)
         latents, drawing, memory = [], model.start(), self.encoder.start()
         # Where draws that are given are scored, all that log q depends on is held fixed (sticking the landing and kin).
-        fixed = _held(model) if replayed() else contextlib.nullcontext()
-        with fixed, pyro.plate("data", len(x), device=device_of(self)):
+        with held(model, when=replayed()), pyro.plate("data", len(x), device=device_of(self)):
             for step in range(1, model.steps + 1):
                 memory = self.encoder(self.read(x, drawing), memory)
                 q = self.family(full_precision(self.head(memory.output)))

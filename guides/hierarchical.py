@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import pyro
@@ -15,16 +14,13 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError
-from pyrovae.guides.amortized import EncodedLayers, replayed, require, reshaped
+from pyrovae.guides.amortized import EncodedLayers, Hidden, held, replayed, require, reshaped, widths_upwards
 from pyrovae.guides.families import DiagonalNormal
-from pyrovae.models.hierarchical_vae import hidden_by_network
 from pyrovae.models.networks import ACTIVATIONS, full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES
 
 __all__ = ["BottomUp", "HierarchicalModel", "Ladder"]
-
-Hidden = Sequence[int] | Sequence[Sequence[int]]
 
 
 class HierarchicalModel(Protocol):
@@ -78,14 +74,7 @@ class BottomUp(EncodedLayers):
         activation: str | None = None,
     ) -> None:
         _require_normal_layers(self, model)
-        by_encoder = _upwards(model, hidden)
-        # Linear encoders, which those below replace: hidden layers that differ from one to the next are not its matter.
-        super().__init__(model, DiagonalNormal, (), activation)  # type: ignore[arg-type]
-        inputs = (math.prod(model.data_shape), *model.layers[:-1])
-        self.encoders = nn.ModuleList(
-            mlp(below, widths, 2 * above, activation or model.activation)
-            for below, widths, above in zip(inputs, by_encoder, model.layers, strict=True)
-        )
+        super().__init__(model, DiagonalNormal, hidden, activation)
 
 
 @GUIDES.register
@@ -139,7 +128,7 @@ class Ladder(PyroModule):
     ) -> None:
         super().__init__()
         _require_normal_layers(self, model)
-        by_step, activation = _upwards(model, hidden), activation or model.activation
+        by_step, activation = widths_upwards(model, hidden), activation or model.activation
         if any(not widths or any(not isinstance(width, int) or width < 1 for width in widths) for widths in by_step):
             given = model.hidden if hidden is None else hidden
             raise ArgumentError(
@@ -185,15 +174,8 @@ class Ladder(PyroModule):
         Sticking the landing and its kin hold all that log q depends on fixed there, and the draws carry the gradient.
         """
         (model,) = self._model
-        with _held(model) if replayed() else contextlib.nullcontext():
+        with held(model, when=replayed()):
             return model.below(layer, z)
-
-
-def _upwards(model: HierarchicalModel, hidden: Hidden | None) -> tuple[tuple[int, ...], ...]:
-    """Widths of the hidden layers of each of the guide's networks, from below to above; ``None`` mirrors the model."""
-    if hidden is not None:
-        return hidden_by_network(hidden, model.layers)
-    return tuple(widths[::-1] for widths in hidden_by_network(model.hidden, model.layers))
 
 
 def _product(message: dist.TorchDistribution, prior: dist.TorchDistribution) -> dist.TorchDistribution:
@@ -201,19 +183,6 @@ def _product(message: dist.TorchDistribution, prior: dist.TorchDistribution) -> 
     total = message.variance + prior.variance
     loc = (message.mean * prior.variance + prior.mean * message.variance) / total
     return dist.Normal(loc, (message.variance * prior.variance / total).sqrt()).to_event(1)
-
-
-@contextlib.contextmanager
-def _held(model: object) -> Iterator[None]:
-    """Within the block, what is computed from the model's parameters treats them as constants."""
-    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Protocol
 
@@ -13,8 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, require_count
-from pyrovae.guides.amortized import replayed, require
-from pyrovae.guides.hierarchical import _held
+from pyrovae.guides.amortized import held, replayed, require
 from pyrovae.models.markov import MarkovChain, require_series
 from pyrovae.models.networks import full_precision, mlp
 from pyrovae.modes import device_of
@@ -103,15 +101,15 @@ class AmortizedMarkov(PyroModule):
         inputs = summary[:, 1:]
         if known is not None:
             inputs = torch.cat([known.to(x).expand(len(x), -1, -1), inputs], dim=-1)
-        held = functools.partial(_held, model) if replayed() else contextlib.nullcontext
+        holding = functools.partial(held, model, when=replayed())
 
         def step(z: Tensor, now: Tensor | None) -> dist.TorchDistribution:
             assert now is not None
-            with held():
+            with holding():
                 prior = model.transition_law(z, now[..., :covariates] if covariates else None)
             return self._corrected(prior, now[..., covariates:])
 
-        with held():
+        with holding():
             first = model.initial()
         return MarkovChain(self._corrected(first, summary[:, 0]), step, x.shape[1], inputs)
 

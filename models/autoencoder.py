@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal, get_args
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, require_count, unknown_name
 from pyrovae.models.likelihoods import LIKELIHOODS, by_element, require_batch, start_at_mean
-from pyrovae.models.networks import ConvDecoder, ConvEncoder, full_precision, mlp
+from pyrovae.models.networks import ConvDecoder, ConvEncoder, as_image, full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES, MODELS
 
@@ -107,10 +106,7 @@ class Autoencoder(PyroModule):
             size = math.prod(self.data_shape)
             self.encoder = mlp(size, down[0], latent_dim, activation)
             self.decoder = mlp(latent_dim, up[0], size * outputs, activation)
-        if self.likelihood.scaled:
-            self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive)
-        else:
-            self.likelihood_scale = None
+        self.likelihood_scale = self.likelihood.scale()
 
     def _check(self, likelihood: str) -> None:
         if not self.data_shape or any(not isinstance(size, int) or size < 1 for size in self.data_shape):
@@ -133,13 +129,7 @@ class Autoencoder(PyroModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a data point that is an image."""
-        if len(self.data_shape) not in (2, 3):
-            raise ArgumentError(
-                f"data_shape is {self.data_shape}; network='conv' needs images (H, W) or (C, H, W)."
-                " Use network='mlp' for other data."
-            )
-        channels, height, width = (1, *self.data_shape)[-3:]
-        return channels, height, width
+        return as_image(self.data_shape, "network='conv'", "network='mlp'")
 
     def corrupt(self, x: Tensor) -> Tensor:
         """A draw of what the encoder sees of `*batch x *data_shape` data in training mode, whatever the mode is now."""

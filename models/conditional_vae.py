@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Literal
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from pyro.distributions.util import is_validation_enabled
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, DataError, require_count, unknown_name
 from pyrovae.models.likelihoods import LIKELIHOODS, by_element, require_batch, start_at_mean
-from pyrovae.models.networks import ConvDecoder, full_precision, mlp
+from pyrovae.models.networks import ConvDecoder, as_image, full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import MODELS
 
@@ -102,21 +101,12 @@ class ConditionalVAE(PyroModule):
         else:
             image = self.image_shape
             self.decoder = ConvDecoder(inputs, self.hidden, self.channels, image, image[0] * outputs, activation)
-        if self.likelihood.scaled:
-            self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive)
-        else:
-            self.likelihood_scale = None
+        self.likelihood_scale = self.likelihood.scale()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a data point that is an image."""
-        if len(self.data_shape) not in (2, 3):
-            raise ArgumentError(
-                f"data_shape is {self.data_shape}; network='conv' needs images (H, W) or (C, H, W)."
-                " Use network='mlp' for other data."
-            )
-        channels, height, width = (1, *self.data_shape)[-3:]
-        return channels, height, width
+        return as_image(self.data_shape, "network='conv'", "network='mlp'")
 
     def prior(self) -> dist.TorchDistribution:
         """p(z): batch shape (), event shape (latent_dim,)."""

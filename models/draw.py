@@ -9,13 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, require_count, unknown_name
 from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
-from pyrovae.models.networks import full_precision, mlp
+from pyrovae.models.networks import as_image, full_precision, mlp
 from pyrovae.registry import MODELS
 
 __all__ = ["DRAW", "LSTM", "Attention", "Drawing", "Grid", "Memory", "filterbank"]
@@ -252,8 +251,7 @@ class DRAW(PyroModule):
         self.first_canvas = nn.Parameter(torch.zeros(self.data_shape))
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
-        scaled = likelihood == "normal"
-        self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive) if scaled else None
+        self.likelihood_scale = self.likelihood.scale()
 
     def _check(self, likelihood: str) -> None:
         if not self.data_shape or any(not isinstance(size, int) or size < 1 for size in self.data_shape):
@@ -269,13 +267,7 @@ class DRAW(PyroModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, rows and columns of a data point that is an image."""
-        if len(self.data_shape) not in (2, 3):
-            raise ArgumentError(
-                f"data_shape is {self.data_shape}; attention needs images (H, W) or (C, H, W)."
-                " Use read_size=None and write_size=None for other data."
-            )
-        channels, rows, columns = (1, *self.data_shape)[-3:]
-        return channels, rows, columns
+        return as_image(self.data_shape, "attention", "read_size=None and write_size=None")
 
     @property
     def stroke_shape(self) -> tuple[int, ...]:

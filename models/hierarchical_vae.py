@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, unknown_name
 from pyrovae.models.likelihoods import LIKELIHOODS, by_element, require_batch, start_at_mean
-from pyrovae.models.networks import full_precision, mlp
+from pyrovae.models.networks import full_precision, hidden_by_network, mlp
 from pyrovae.models.sigmoid_belief_net import Ancestral
 from pyrovae.modes import device_of
 from pyrovae.registry import MODELS
 
-__all__ = ["HierarchicalVAE", "hidden_by_network"]
+__all__ = ["HierarchicalVAE"]
 
 _LOG_SCALE_LIMIT = 10.0  # as of the guides' posteriors: a first step, or data far out, leave every density finite
 
@@ -101,8 +100,7 @@ class HierarchicalVAE(PyroModule):
         )
         self.register_buffer("prior_loc", torch.zeros(self.layers[-1]), persistent=False)
         self.register_buffer("prior_scale", torch.ones(self.layers[-1]), persistent=False)
-        scaled = self.likelihood.scaled
-        self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive) if scaled else None
+        self.likelihood_scale = self.likelihood.scale()
 
     def top(self) -> dist.TorchDistribution:
         """p(z_L) of the top layer: batch shape (), event shape (layers[-1],)."""
@@ -148,32 +146,3 @@ class HierarchicalVAE(PyroModule):
         """
         start_at_mean(self.decoders[0], self.likelihood, x.to(self.prior_loc).mean(0), convolutional=False)
         return self
-
-
-def hidden_by_network(
-    hidden: Sequence[int] | Sequence[Sequence[int]], layers: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """The widths of the hidden layers of each of a layered model's or guide's networks, one for each latent layer.
-
-    Args:
-        hidden: widths that all networks share, or a list for each network.
-        layers: numbers of dimensions of the latent layers.
-
-    Raises:
-        ArgumentError: there are lists, but not one for each layer.
-
-    Example:
-        >>> hidden_by_network((8, 4), layers=(6, 3))
-        ((8, 4), (8, 4))
-        >>> hidden_by_network(((8, 4), ()), layers=(6, 3))
-        ((8, 4), ())
-    """
-    lists = [tuple(part) for part in hidden if isinstance(part, Sequence)]
-    if not lists:
-        return (tuple(part for part in hidden if not isinstance(part, Sequence)),) * len(layers)
-    if not len(lists) == len(hidden) == len(layers):
-        raise ArgumentError(
-            f"hidden is {hidden!r}; for the {len(layers)} latent layers {tuple(layers)} give one list of widths that"
-            f" all networks share, or {len(layers)} lists, from the data upwards"
-        )
-    return tuple(lists)

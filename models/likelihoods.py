@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroParam
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyrovae.distributions import Categorical256, DiscretizedLogistic, DiscretizedLogisticMixture
@@ -41,6 +42,10 @@ class Likelihood:
     support: constraints.Constraint
     advice: str
     scaled: bool = False
+
+    def scale(self) -> PyroParam | None:
+        """A model's scale parameter, which starts at 1; ``None`` where it has none."""
+        return PyroParam(torch.ones(()), constraints.softplus_positive) if self.scaled else None
 
 
 def _logit(mean: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, require_count, unknown_name
 
-__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "ResidualBlock", "mlp"]
+__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "ResidualBlock", "as_image", "hidden_by_network", "mlp"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -214,6 +214,58 @@ class ConvDecoder(_LeftBatch):
             ]
         coarsest = nn.Unflatten(1, (channels[0], height, width))
         super().__init__(nn.Sequential(*head, coarsest, *initialize(nn.Sequential(*layers), activation)), event_dim=1)
+
+
+def hidden_by_network(
+    hidden: Sequence[int] | Sequence[Sequence[int]], layers: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """The widths of the hidden layers of each of a layered model's or guide's networks, one for each latent layer.
+
+    Args:
+        hidden: widths that all networks share, or a list for each network.
+        layers: numbers of dimensions of the latent layers.
+
+    Raises:
+        ArgumentError: there are lists, but not one for each layer.
+
+    Example:
+        >>> hidden_by_network((8, 4), layers=(6, 3))
+        ((8, 4), (8, 4))
+        >>> hidden_by_network(((8, 4), ()), layers=(6, 3))
+        ((8, 4), ())
+    """
+    lists = [tuple(part) for part in hidden if isinstance(part, Sequence)]
+    if not lists:
+        return (tuple(part for part in hidden if not isinstance(part, Sequence)),) * len(layers)
+    if not len(lists) == len(hidden) == len(layers):
+        raise ArgumentError(
+            f"hidden is {hidden!r}; for the {len(layers)} latent layers {tuple(layers)} give one list of widths that"
+            f" all networks share, or {len(layers)} lists, from the data upwards"
+        )
+    return tuple(lists)
+
+
+def as_image(data_shape: tuple[int, ...], what: str, otherwise: str) -> tuple[int, int, int]:
+    """Channels, height and width of a data point that is an image.
+
+    Args:
+        data_shape: ``(H, W)`` or ``(C, H, W)``.
+        what: that needs images, for the message.
+        otherwise: what to use for other data, for the message.
+
+    Raises:
+        ArgumentError: data points of this shape are no images.
+
+    Example:
+        >>> as_image((28, 20), "network='conv'", "network='mlp'")
+        (1, 28, 20)
+    """
+    if len(data_shape) not in (2, 3):
+        raise ArgumentError(
+            f"data_shape is {data_shape}; {what} needs images (H, W) or (C, H, W). Use {otherwise} for other data."
+        )
+    channels, height, width = (1, *data_shape)[-3:]
+    return channels, height, width
 
 
 def _pyramid(image_shape: tuple[int, int, int], channels: Sequence[int]) -> list[tuple[int, int]]:

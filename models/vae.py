@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, unknown_name
 from pyrovae.models.likelihoods import LIKELIHOODS, by_element, require_batch, start_at_mean
-from pyrovae.models.networks import ACTIVATIONS, ConvDecoder, full_precision, mlp
+from pyrovae.models.networks import ACTIVATIONS, ConvDecoder, as_image, full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import MODELS
 
@@ -104,10 +104,7 @@ class VAE(PyroModule):
                 latent_dim, self.hidden, self.channels, image, image[0] * outputs, activation, blocks
             )
         self._make_prior(prior, prior_options or {})
-        if self.likelihood.scaled:
-            self.likelihood_scale = PyroParam(torch.ones(()), constraints.softplus_positive)
-        else:
-            self.likelihood_scale = None
+        self.likelihood_scale = self.likelihood.scale()
 
     def _make_prior(self, prior: str, options: Mapping[str, Any]) -> None:
         loc, scale = torch.zeros(self.latent_dim), torch.ones(self.latent_dim)
@@ -144,13 +141,7 @@ class VAE(PyroModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a data point that is an image."""
-        if len(self.data_shape) not in (2, 3):
-            raise ArgumentError(
-                f"data_shape is {self.data_shape}; network='conv' needs images (H, W) or (C, H, W)."
-                " Use network='mlp' for other data."
-            )
-        channels, height, width = (1, *self.data_shape)[-3:]
-        return channels, height, width
+        return as_image(self.data_shape, "network='conv'", "network='mlp'")
 
     def prior(self) -> dist.TorchDistribution:
         """p(z): batch shape (), event shape (latent_dim,)."""

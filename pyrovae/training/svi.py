@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from pyro import poutine
 from pyro.infer.elbo import ELBO as PyroELBO
 from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -111,13 +113,13 @@ class SVI(pyro.infer.SVI):
             The loss before the step, a float (what the loss gives, where that is a tuple).
         """
         if not self.compile:
-            return super().step(*args, **kwargs)
+            return self._eager(*args, **kwargs)
         if self._learning is None or not self._current():
             return self._first(args, kwargs)
         call = _Call(args, kwargs)
         graph = self._graphs.get((call.key, self._numbers()), self._function(call), call.tensors, self._state)
         if graph is None:
-            return super().step(*args, **kwargs)
+            return self._eager(*args, **kwargs)
         self._learning.follow()
         losses, _ = graph(*call.tensors)
         loss = tuple(map(torch_item, losses))
@@ -188,6 +190,11 @@ class SVI(pyro.infer.SVI):
             self._records[key] = made
         return self._records[key]
 
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        """Pyro's step."""
+        with _Leaves():
+            return super().step(*args, **kwargs)
+
     def _numbers(self) -> tuple[Any, ...]:
         return numbers_of(self.model, self.guide, self._objective)
 
@@ -195,7 +202,7 @@ class SVI(pyro.infer.SVI):
         """Pyro's step, which makes the parameters and the optimizers' state."""
         self._graphs, self._records = Graphs("this SVI"), {}
         with poutine.trace(param_only=True) as seen:
-            loss = super().step(*args, **kwargs)
+            loss = self._eager(*args, **kwargs)
         self._losses = len(loss) if isinstance(loss, tuple) else 1
         self._parameters = {name: site["value"].unconstrained() for name, site in seen.trace.nodes.items()}
         store = pyro.get_param_store()._params
@@ -243,6 +250,18 @@ class SVI(pyro.infer.SVI):
             *buffers_of(self.model, self.guide),
             *objective_state(self._objective),
         ]
+
+
+class _Leaves(Messenger):
+    """Gives parameters that live in modules the attribute by which Pyro's SVI finds the leaf to optimize.
+
+    Under ``module_local_params`` Pyro 1.9 sets it on a ``PyroParam`` and forgets it on an ``nn.Parameter``.
+    """
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value = msg["value"]
+        if not hasattr(value, "unconstrained"):
+            value.unconstrained = weakref.ref(value)
 
 
 class _Call:

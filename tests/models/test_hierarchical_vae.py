@@ -14,7 +14,8 @@ from torch import nn
 import pyrovae
 from pyrovae.errors import ArgumentError, DataError
 from pyrovae.guides import BottomUp, Ladder
-from pyrovae.models.hierarchical_vae import HierarchicalVAE, hidden_by_network
+from pyrovae.models.hierarchical_vae import HierarchicalVAE
+from pyrovae.models.networks import hidden_by_network
 from pyrovae.registry import GUIDES, MODELS, OBJECTIVES, configuration
 from pyrovae.structure import check
 from pyrovae.training.programs import local_params

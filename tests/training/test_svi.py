@@ -120,6 +120,20 @@ def test_modules_arguments_of_several_shapes_and_evaluation() -> None:
     assert run(pyrovae.SVI) == pytest.approx(run(PyroSVI), rel=1e-4)
 
 
+def test_parameters_that_live_in_modules_are_learned() -> None:
+    """Pyro's own SVI does not find an ``nn.Parameter`` under this setting."""
+
+    def run(local: bool, **options: Any) -> list[float]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        with pyro.settings.context(module_local_params=local):
+            vae = VAE(data_shape=(4,), latent_dim=2, hidden=(8,))
+            svi = pyrovae.SVI(vae, AmortizedNormal(vae), adam(), pyrovae.ELBO(), **options)
+            return [svi.step(torch.ones(8, 4)) for _ in range(4)]
+
+    assert run(True, compile=False) == run(False, compile=False)
+
+
 @pytest.mark.slow
 def test_a_cleared_parameter_store_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph holds the old parameters; running it on would train tensors that nobody sees."""

@@ -7,7 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide import AutoContinuous
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
@@ -44,7 +44,8 @@ class Flow(FirstCall, AutoContinuous):
         depth: number K of layers.
         affine: whether μ and σ are learnt; otherwise they stay 0 and 1.
         init_scale: where σ starts, in units of the unconstrained latents.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_median``.
         **options: arguments of the flow's class, such as ``hidden``.
 
     Raises:
@@ -83,7 +84,7 @@ class Flow(FirstCall, AutoContinuous):
         family(flow, options)
         require_count("depth", depth)
         require_positive("init_scale", init_scale)
-        super().__init__(model, init_loc_fn=init_loc_fn or init_to_median)
+        super().__init__(model, init_loc_fn=init_loc_fn)
         self._name, self._depth, self._options = flow, depth, options
         self._affine, self._init_scale = affine, init_scale
         self.flow: nn.Module | None = None

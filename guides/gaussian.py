@@ -40,15 +40,20 @@ class FirstCall(AutoGuide):
 
     _joint = True  # one distribution over all latents together, so that they cannot come in minibatches
     _loaded: dict[str, Tensor] | None = None
+    _starts: dict[str, Tensor] | None = None  # values of latents from which the model wants a guide to start
     prototype_trace: Any
 
-    def __init__(self, model: Program, *, init_loc_fn: Init, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Program, *, init_loc_fn: Init | None = None, default: Init = init_to_median, **kwargs: Any
+    ) -> None:
         if not callable(model):
             raise ArgumentError(f"model is {model!r}; it must be a Pyro model: a function or module with pyro.sample")
 
         def checked_init(site: dict[str, Any]) -> Tensor:
             self._check_latent(site)
-            return init_loc_fn(site)
+            if init_loc_fn is None and self._starts and site["name"] in self._starts:
+                return self._starts[site["name"]]
+            return (init_loc_fn or default)(site).clone()  # the parameter must not be the caller's own tensor
 
         super().__init__(model, init_loc_fn=checked_init, **kwargs)
         self._given = (model,)  # Pyro keeps it wrapped in the handler that sets starting values
@@ -58,6 +63,8 @@ class FirstCall(AutoGuide):
         return {**self.__dict__, "_model": None, "_given": None, "master": None}
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        start_values = getattr(self._given[0], "start_values", None)
+        self._starts = None if start_values is None or self._loaded else start_values(*args, **kwargs)
         try:
             super()._setup_prototype(*args, **kwargs)
             self._make_parameters(*args, **kwargs)
@@ -151,7 +158,8 @@ class MeanField(FirstCall, AutoNormal):
     Args:
         model: Pyro model with continuous latents.
         init_scale: initial σ.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_feasible``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_feasible``.
         create_plates: function of the model's arguments that returns the subsampled plate or plates.
 
     Raises:
@@ -182,8 +190,8 @@ class MeanField(FirstCall, AutoNormal):
         create_plates: Program | None = None,
     ) -> None:
         init_scale = require_positive("init_scale", init_scale)
-        init_loc_fn = init_loc_fn or init_to_feasible
-        super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale, create_plates=create_plates)
+        start = {"init_loc_fn": init_loc_fn, "default": init_to_feasible}
+        super().__init__(model, init_scale=init_scale, create_plates=create_plates, **start)
 
 
 @GUIDES.register
@@ -198,7 +206,8 @@ class FullRank(FirstCall, AutoMultivariateNormal):
     Args:
         model: Pyro model with continuous latents.
         init_scale: initial s; U starts at the identity.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_median``.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -220,7 +229,7 @@ class FullRank(FirstCall, AutoMultivariateNormal):
 
     def __init__(self, model: Program, init_scale: float = 0.1, *, init_loc_fn: Init | None = None) -> None:
         init_scale = require_positive("init_scale", init_scale)
-        super().__init__(model, init_loc_fn=init_loc_fn or init_to_median, init_scale=init_scale)
+        super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale)
 
 
 @GUIDES.register
@@ -236,7 +245,8 @@ class FactorCovariance(FirstCall, AutoLowRankMultivariateNormal):
         model: Pyro model with continuous latents.
         rank: number r of factors, columns of B.
         init_scale: approximate initial standard deviation of each coordinate; F starts at random.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_median``.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -258,5 +268,4 @@ class FactorCovariance(FirstCall, AutoLowRankMultivariateNormal):
     def __init__(self, model: Program, rank: int, init_scale: float = 0.1, *, init_loc_fn: Init | None = None) -> None:
         require_count("rank", rank)
         init_scale = require_positive("init_scale", init_scale)
-        init_loc_fn = init_loc_fn or init_to_median
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale, rank=rank)

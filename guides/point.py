@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoLaplaceApproximation, init_to_median
+from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoLaplaceApproximation
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -86,7 +86,8 @@ class PointEstimate(FirstCall, AutoDelta):
     Args:
         model: Pyro model with continuous latents; for ``kind="mle"``, a :class:`WithoutPrior`.
         kind: ``"map"`` or ``"mle"``.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_median``.
         create_plates: function of the model's arguments that returns the subsampled plate or plates.
 
     Raises:
@@ -121,7 +122,7 @@ class PointEstimate(FirstCall, AutoDelta):
             )
         if kind == "map" and isinstance(model, WithoutPrior):
             raise ArgumentError("the model is WithoutPrior, so that its mode is no MAP estimate: give kind='mle'")
-        super().__init__(model, init_loc_fn=init_loc_fn or init_to_median, create_plates=create_plates)
+        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates)
 
 
 @GUIDES.register
@@ -136,7 +137,8 @@ class Laplace(FirstCall, AutoLaplaceApproximation):
 
     Args:
         model: Pyro model with continuous latents.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_median``.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -159,7 +161,7 @@ class Laplace(FirstCall, AutoLaplaceApproximation):
     """
 
     def __init__(self, model: Program, *, init_loc_fn: Init | None = None) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn or init_to_median)
+        super().__init__(model, init_loc_fn=init_loc_fn)
 
     def approximation(self, *args: Any, **kwargs: Any) -> GaussianAtMode:
         """The Gaussian at the mode that the fit found, as a guide to sample and to score.
@@ -234,7 +236,7 @@ class GaussianAtMode(FirstCall, AutoContinuous):
     scale_tril: Tensor
 
     def __init__(self, model: Program) -> None:
-        super().__init__(model, init_loc_fn=init_to_median)
+        super().__init__(model)
 
     def _make_parameters(self, *args: Any, **kwargs: Any) -> None:
         loc = self._init_loc()

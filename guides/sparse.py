@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pyro.distributions import TorchDistribution, constraints
-from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide import AutoContinuous
 from pyro.nn import PyroParam
 from scipy import sparse
 from scipy.sparse.linalg import splu, spsolve_triangular
@@ -245,7 +245,8 @@ class SparsePrecision(FirstCall, AutoContinuous):
             A boolean matrix `n x n`, dense (tensor or array) or of ``scipy.sparse``: its non-zeros, and their mirror.
         bandwidth: for ``"banded"``, the largest distance of dependent coordinates; 1 unless given.
         init_scale: initial s, the standard deviation of a coordinate given those after it; U starts at the identity.
-        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for ``init_to_median``.
+        init_loc_fn: initial value of a site, one of Pyro's ``init_to_…``; ``None`` for the model's
+            ``start_values``, or else ``init_to_median``.
 
     Raises:
         ArgumentError: an argument is out of range, or, at the first call, a matrix of another size.
@@ -291,7 +292,7 @@ class SparsePrecision(FirstCall, AutoContinuous):
         if not isinstance(structure, str):
             structure = _as_sparse(structure)
         self._structure, self._bandwidth = structure, 1 if bandwidth is None else bandwidth
-        super().__init__(model, init_loc_fn=init_loc_fn or init_to_median)
+        super().__init__(model, init_loc_fn=init_loc_fn)
 
     def _make_parameters(self, *args: Any, **kwargs: Any) -> None:
         loc = self._init_loc()

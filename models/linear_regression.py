@@ -115,6 +115,13 @@ class BayesianLinearRegression(PyroModule):
         with pyro.plate("data", len(X), device=X.device):
             return pyro.sample("y", dist.Normal((X * w).sum(-1), tau.rsqrt()), obs=y)
 
+    def start_values(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """Values of the latents from which a guide starts: the exact posterior's means."""
+        if y is None:
+            return {}
+        exact = self.posterior(x, y)
+        return {"noise_precision": exact.concentration / exact.rate, "weights": exact.loc}
+
     def posterior(self, x: Tensor, y: Tensor) -> NormalGamma:
         """The exact posterior given `n x columns` inputs and `n` outputs."""
         X = self.design(x)

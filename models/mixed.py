@@ -22,6 +22,8 @@ __all__ = ["LinearMixedModel", "MixedModelFit"]
 Covariance = Literal["full", "diagonal"]
 Parametrization = Literal["centred", "non-centred"]
 
+_DENSE = 10**7  # numbers of a design for which estimates are start values
+
 
 class MixedModelFit(NamedTuple):
     """Estimates of a linear mixed model by maximum likelihood (ML) or restricted maximum likelihood (REML).
@@ -187,6 +189,33 @@ class LinearMixedModel(PyroModule):
             unit = pyro.sample(f"{name}_effects", dist.Normal(zeros, 1.0).to_event(1))
             return (tril @ unit.unsqueeze(-1)).squeeze(-1)
 
+    def start_values(self, X: Tensor, Z: Tensor, index: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """Values of the latents from which a guide starts: the REML estimates, as :meth:`forward` takes the data.
+
+        A standard deviation that is estimated at zero starts at a hundredth of the residuals'. Without data, and where
+        there is no estimate (a dense design of more than 10⁷ numbers), there are no such values.
+        """
+        levels = sum(count * q for count, q in self.groups.values())
+        if y is None or len(X) * levels > _DENSE:
+            return {}
+        try:
+            found = self.estimate(X, Z, index, y)
+        except DataError:
+            return {}
+        values = {"beta": found.beta, "sigma": found.sigma}
+        for name, (_, q) in self.groups.items():
+            floor = (found.sigma / 100).square() * torch.eye(q).to(found.sigma)
+            tril = torch.linalg.cholesky(found.covariance[name] + floor)
+            sd = tril.square().sum(-1).sqrt()
+            values[f"{name}_sd"] = sd
+            if self.covariance == "full" and q > 1:
+                values[f"{name}_correlation"] = tril / sd.unsqueeze(-1)
+            effects = found.effects[name]
+            if self.parametrization == "non-centred":
+                effects = torch.linalg.solve_triangular(tril, effects.mT, upper=False).mT
+            values[f"{name}_effects"] = effects
+        return {name: value.detach().to(X) for name, value in values.items()}
+
     def exact_marginal(
         self, X: Tensor, Z: Tensor, index: Tensor, beta: Tensor, sigma: Tensor, tril: Mapping[str, Tensor]
     ) -> dist.LowRankMultivariateNormal:
@@ -261,7 +290,8 @@ class LinearMixedModel(PyroModule):
 
         def deviance(theta: np.ndarray) -> tuple[float, np.ndarray]:
             point = torch.from_numpy(theta.copy()).requires_grad_()
-            value = problem(self._block_diagonal(self._factors(point))).criterion
+            with torch.enable_grad():
+                value = problem(self._block_diagonal(self._factors(point))).criterion
             (gradient,) = torch.autograd.grad(value, point)
             return value.item(), gradient.numpy()
 

@@ -188,6 +188,33 @@ class GaussianMixture(PyroModule):
             assignment = pyro.sample("assignment", dist.Categorical(weights), infer={"enumerate": "parallel"})
             return pyro.sample("x", self.part(assignment, means, precisions), obs=x)
 
+    @torch.no_grad()
+    def start_values(self, x: Tensor | None = None) -> dict[str, Tensor]:
+        """Values of the latents from which a guide starts: the mode that expectation-maximization finds from k-means.
+
+        From the prior's median all components are alike, and gradients from there leave all but one without data.
+
+        Args:
+            x: A `n x d` tensor; without data, or where the prior has no mode, there are no such values.
+        """
+        from pyrovae.models.expectation_maximization import expectation_maximization
+
+        if x is None or len(x) < self.components:
+            return {}
+        try:
+            found = expectation_maximization(self, x, restarts=3, iterations=100)
+        except ArgumentError:
+            return {}
+        values = {"weights": found.weights.to(self.mean), "means": found.means.to(self.mean)}
+        covariances = found.covariances.to(self.mean)
+        if self.covariance == "diagonal":
+            return values | {"precision": 1 / covariances}
+        factor = torch.linalg.solve_triangular(
+            self.wishart_tril, torch.linalg.cholesky(torch.linalg.inv(covariances)), upper=False
+        )
+        values["precision_diagonal"] = factor.diagonal(dim1=-2, dim2=-1).square()
+        return values | {"precision_lower": factor.flatten(-2) @ self._place.mT}
+
     def mean_given(self, precisions: Tensor) -> dist.TorchDistribution:
         """p(μ | Λ), event shape (C, d)."""
         loc = self.mean.expand(self.components, self.features)

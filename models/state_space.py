@@ -110,6 +110,7 @@ class LinearGaussianStateSpace(StateSpaceModel):
         super().__init__(len(transition), len(observation), steps)
         self.diffuse = diffuse
         d, p = self.latent_dim, self.features
+        self.learn = tuple(learn)
         matrices = {
             "transition": _matrix("transition", transition, (d, d)),
             "observation": _matrix("observation", observation, (p, d)),
@@ -155,6 +156,16 @@ class LinearGaussianStateSpace(StateSpaceModel):
         """The Cholesky factor of R, `p x p`."""
         tril: Tensor = _TRIL(self.observation_raw_tril)
         return tril
+
+    def learned(self) -> dict[str, Tensor]:
+        """The arguments that are parameters, by name; covariances, not their factors."""
+        values = {
+            "transition": self.transition,
+            "observation": self.observation,
+            "state_covariance": self.state_tril @ self.state_tril.mT,
+            "observation_covariance": self.observation_tril @ self.observation_tril.mT,
+        }
+        return {name: values[name] for name in self.learn}
 
     def initial(self) -> TorchDistribution:
         """p(z_1): batch shape (), event shape (d,)."""

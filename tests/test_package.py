@@ -73,6 +73,7 @@ RECORDS = {
     *("PSIS", "SBC", "Gaps", "GuideComparison", "GuideRow", "Refinement"),
     *("GaussianMixturePosterior", "LinearRegressionPosterior", "MixtureEstimate", "EvidenceMaximum", "MixedModelFit"),
     *("FeatureAccuracies", "FeatureAccuracy", "LayerKL", "Neighbours"),
+    *("Marginal", "PosteriorSummary"),
 }
 
 

@@ -1,6 +1,6 @@
 """Reproduce a published figure.
 
-    python -m benchmarks.reproduce vae-1l-static [--seed 0] [--particles 5000] [--runs runs/reproduce]
+    python -m benchmarks.reproduce vae-1l-static [--seed 0] [--particles K] [--runs runs/reproduce]
 
 Trains, evaluates on all test images, prints ours beside the paper's and writes benchmarks/results/<recipe>.json.
 """
@@ -18,6 +18,11 @@ from benchmarks.reproduce.recipes import RECIPES, reproduce
 from pyrovae.errors import PyrovaeError
 
 RESULTS = Path(__file__).parents[1] / "results"
+_FIGURES = {
+    "nll": "NLL, nats per data point",
+    "negative_elbo": "negative ELBO, nats per data point",
+    "bits_per_dimension": "NLL, bits per dimension",
+}
 
 
 def main() -> None:
@@ -31,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("recipe", help="name of the recipe")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, training and evaluation (default 0)")
-    parser.add_argument("--particles", type=int, default=5000, help="of the evaluation (default 5000)")
+    parser.add_argument("--particles", type=int, help="of the evaluation (default: the recipe's, mostly 5000)")
     parser.add_argument(
         "--runs",
         type=Path,
@@ -45,20 +50,20 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     recipe = RECIPES[options.recipe]
-    named = {"nll": "NLL", "negative_elbo": "negative ELBO"}[recipe.figure]
-    print(f"{recipe.about}\n  {recipe.note}\n  paper ({recipe.source}): {named} {recipe.paper:.2f} nats per data point")
+    published = "none" if recipe.paper is None else f"{recipe.paper:.2f}"
+    print(f"{recipe.about}\n  {recipe.note}\n  paper ({recipe.source}): {_FIGURES[recipe.figure]}: {published}")
     print(
-        f"  ours (K = {options.particles}, seed {options.seed}): NLL {result.nll:.2f} ± {result.nll_error:.2f},"
+        f"  ours (K = {result.particles}, seed {options.seed}): NLL {result.nll:.2f} ± {result.nll_error:.2f},"
         f" negative ELBO {result.negative_elbo:.2f} ± {result.negative_elbo_error:.2f} nats per data point;"
+        f" {result.bits_per_dimension:.3f} bits per dimension;"
         f" {result.active_units} active units, epoch {result.epoch}; fit {result.fit_seconds / 60:.1f} min,"
         f" evaluation {result.evaluation_seconds / 60:.1f} min"
     )
     RESULTS.mkdir(exist_ok=True)
     figures = {
         "recipe": options.recipe,
-        f"paper_{recipe.figure}_nats": recipe.paper,
+        f"paper_{recipe.figure}{'' if 'bits' in recipe.figure else '_nats'}": recipe.paper,
         "seed": options.seed,
-        "particles": options.particles,
         **dataclasses.asdict(result),
         "machine": machine.describe(),
     }

@@ -9,8 +9,9 @@ import typer
 
 from pyrovae.cli.measure import as_metrics, as_rows, measure
 from pyrovae.cli.shared import Json, Quiet, emit, on_terminal, table
+from pyrovae.cli.task import model_for
 from pyrovae.cli.train import as_rows as training_rows
-from pyrovae.cli.train import model_for, summary
+from pyrovae.cli.train import summary
 
 if TYPE_CHECKING:
     from pyrovae.datasets import Splits

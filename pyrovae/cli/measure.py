@@ -39,8 +39,10 @@ def measure(
     """
     from pyrovae import evaluation
 
+    points = split.labelled() if hasattr(run.model, "classes") else split
+    classifies = hasattr(run.guide, "classify")  # then labels are latents, which are not given
     found = evaluation.log_likelihood(
-        run.model, run.guide, split, particles, seed=seed, compile=compile, progress=progress
+        run.model, run.guide, split if classifies else points, particles, seed=seed, compile=compile, progress=progress
     )
     support = getattr(getattr(run.model, "likelihood", None), "support", None)
     bits = -found.mean / (split.event_shape.numel() * math.log(2.0))
@@ -55,9 +57,10 @@ def measure(
         "elbo_error_nats": found.mean_elbo_error,
         "bits_per_dimension": bits if getattr(support, "is_discrete", False) else None,
         "median_effective_sample_size": float(found.effective_sample_size.median()),
-        "active_units": evaluation.active_units(run.guide, split).count if encodes else None,
+        "active_units": evaluation.active_units(run.guide, points).count if encodes else None,
         "latent_dim": getattr(run.model, "latent_dim", None),
-        "kl_nats": _kl(run, split) if encodes and hasattr(run.model, "prior") else None,
+        "kl_nats": _kl(run, points) if encodes and hasattr(run.model, "prior") else None,
+        "accuracy": _accuracy(run, split) if classifies else None,
     }
 
 
@@ -70,6 +73,19 @@ def _kl(run: Run, split: Split) -> float | None:
         return float(evaluation.kl_per_dimension(run.model, run.guide, split).sum())
     except ArgumentError:
         return None
+
+
+def _accuracy(run: Run, split: Split) -> float:
+    """Share of the labels that the guide's classifier gets right."""
+    import torch
+
+    from pyrovae.evaluation.likelihood import evaluating
+
+    assert split.y is not None
+    guide: Any = run.guide
+    with evaluating(run.model, run.guide, seed=0) as device:
+        given = [guide.classify(part.to(device)).probs.argmax(-1).cpu() for part in split.draw(split.x).split(1000)]
+    return float((torch.cat(given) == split.y).float().mean())
 
 
 def as_rows(found: Measures, split: str) -> list[tuple[str, str]]:
@@ -86,6 +102,8 @@ def as_rows(found: Measures, split: str) -> list[tuple[str, str]]:
         rows.append(("active units", f"{found['active_units']} of {found['latent_dim']} latent dimensions"))
     if found["kl_nats"] is not None:
         rows.append(("KL(posterior ‖ prior)", f"{found['kl_nats']:.3f} nats per data point"))
+    if found["accuracy"] is not None:
+        rows.append(("accuracy", f"{100 * found['accuracy']:.2f} % of the labels"))
     return rows
 
 
@@ -104,5 +122,6 @@ def as_metrics(found: Measures, split: str) -> dict[str, object]:
         f"median effective sample size, of {found['particles']:,}": "median_effective_sample_size",
         f"active units, of {found['latent_dim']}": "active_units",
         "KL from prior to posterior, nats per data point": "kl_nats",
+        "accuracy, share of the labels": "accuracy",
     }
     return {name: found[key] for name, key in named.items() if found[key] is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,9 +37,10 @@ def sample(
 ) -> None:
     """Generate data points: latents from the prior, then data from the likelihood.
 
-    A picture shows the mean of each data point; an array holds draws (pixels 0 or
-    1 under a Bernoulli likelihood), or, with --mean, the means. The same seed
-    gives the same latents for both.
+    A picture shows the mean of each data point (a row each class, where the model
+    takes labels); an array holds draws (pixels 0 or 1 under a Bernoulli
+    likelihood), or, with --mean, the means. The same seed gives the same latents
+    for both.
 
     Examples:
 
@@ -71,7 +73,10 @@ def _picture(model: Any, count: int, seed: int) -> bytes:
     from pyrovae import plots
 
     figure = Figure(figsize=(6.0, 6.0), layout="constrained")
-    plots.samples(model, count, figure.subplots(), seed=seed)
+    if hasattr(model, "classes"):
+        plots.class_grid(model, max(count // model.classes, 1), figure.subplots(), seed=seed)
+    else:
+        plots.samples(model, count, figure.subplots(), seed=seed)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, facecolor="white", bbox_inches="tight")
     return buffer.getvalue()
@@ -84,9 +89,16 @@ def _draws(model: Any, count: int, seed: int, mean: bool) -> NDArray[Any]:
     from pyrovae.errors import ArgumentError
     from pyrovae.evaluation.likelihood import evaluating
 
-    if not (hasattr(model, "prior") and hasattr(model, "decode")):
-        raise ArgumentError(f"model {type(model).__name__} has no prior() and decode(z) to sample from")
+    latent = hasattr(model, "prior") and hasattr(model, "decode") and not hasattr(model, "classes")
+    if not latent and (mean or "size" not in inspect.signature(model.forward).parameters):
+        raise ArgumentError(
+            f"model {type(model).__name__} has no prior() and decode(z) to sample from"
+            + (" means; leave --mean out" if mean else "; it generates from its inputs, in Python")
+        )
     with evaluating(model, seed=seed):
+        if not latent:
+            drawn: NDArray[Any] = model(size=count).cpu().numpy()
+            return drawn
         latents = model.prior().sample((count,))
         likelihoods = map(model.decode, latents.split(1000))
         return torch.cat([p.mean if mean else p.sample() for p in likelihoods]).numpy()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from json import loads as json_value
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pyrovae.cli.shared import Compile, Json, Quiet, emit, table
+from pyrovae.cli.task import Columns, arguments_of, described, task_for, widths
 
 if TYPE_CHECKING:
-    from pyrovae.datasets import Splits
     from pyrovae.training import Run
 
-__all__ = ["as_rows", "model_for", "summary", "train"]
-
-_FLAGS = ("latent_dim", "layers", "hidden", "activation", "likelihood", "prior", "network")  # of train, for models
-_DATA, _MODEL, _OBJECTIVE, _FIT, _RUN = "Data", "Model and guide", "Objective", "Optimization", "Run"
+__all__ = ["as_rows", "summary", "train"]
+_DATA, _TABLE, _MODEL, _OBJECTIVE, _FIT, _RUN = "Data", "Tables", "Model and guide", "Objective", "Optimization", "Run"
 
 
 def train(
@@ -27,7 +24,8 @@ def train(
         typer.Option(
             rich_help_panel=_DATA,
             help="Data set: digits (embedded), mnist, …; see: pyrovae list datasets. Or your own: the path of a .npy,"
-            " .npz, .csv or folder of images (table.csv?labels=species&seed=1).",
+            " .npz, .csv or folder of images (table.csv?labels=species&seed=1). Models of tables take nile, sleepstudy,"
+            " … or the path of a .csv with named columns.",
         ),
     ],
     model: Annotated[
@@ -40,6 +38,42 @@ def train(
             help="How intensities become pixels: none (they stay intensities), static (drawn once), dynamic (drawn"
             " anew at every step).",
             show_default="the data set's own",
+        ),
+    ] = None,
+    labels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_DATA,
+            help="Labels of the training split that SemiSupervisedVAE gets to see, as many of each class.",
+            show_default="all",
+        ),
+    ] = None,
+    response: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            rich_help_panel=_TABLE,
+            help="What is explained, or the series.",
+            show_default="the last column of numbers",
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMNS",
+            rich_help_panel=_TABLE,
+            help="What explains it, with commas between; of GaussianMixture, the data.",
+            show_default="all other columns of numbers",
+        ),
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            rich_help_panel=_TABLE,
+            help="Grouping column of LinearMixedModel, once for each, and of HierarchicalNormal: Subject, or"
+            " Subject:Days where the coefficient of Days varies too.",
         ),
     ] = None,
     guide: Annotated[
@@ -211,7 +245,12 @@ def train(
     epochs: Annotated[
         int, typer.Option(min=1, rich_help_panel=_FIT, help="Passes over the training data in all.")
     ] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_FIT, help="Data points a gradient step.")] = 100,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=_FIT, help="Data points a gradient step.", show_default="100; of a table, all rows"
+        ),
+    ] = None,
     lr: Annotated[
         float, typer.Option(rich_help_panel=_FIT, help="Learning rate, for the loss in nats per data point.")
     ] = 1e-3,
@@ -294,11 +333,17 @@ def train(
     pyrovae train SigmoidBeliefNet --data digits --layers 200,100
 
     pyrovae train DRAW --data digits --option steps=8 --option write_size=3 --option read_size=3
+
+    pyrovae train SemiSupervisedVAE --data mnist --latent-dim 20 --labels 100
+
+    pyrovae train LinearMixedModel --data sleepstudy --response Reaction --group Subject:Days --epochs 3000
     """
     import torch
 
     import pyrovae
     from pyrovae import registry
+    from pyrovae.errors import ArgumentError
+    from pyrovae.modes import device_of
 
     beta_or_schedule = beta if warmup is None else pyrovae.LinearWarmup(warmup, end=1.0 if beta is None else beta)
     chosen = {"particles": particles, "gradient": gradient, "kl": kl, "beta": beta_or_schedule, "free_bits": free_bits}
@@ -307,26 +352,37 @@ def train(
     bound = registry.OBJECTIVES.build(_objective(kind, objective, **chosen, **special))
     posterior = kind.default_guide if guide is None else guide  # type: ignore[attr-defined]
     registry.GUIDES[posterior]
-    splits = pyrovae.datasets.load(data, binarization=binarization)
     torch.manual_seed(seed)
     flags = {
         "latent_dim": latent_dim,
-        "layers": _widths("layers", layers),
-        "hidden": _widths("hidden", hidden),
+        "layers": widths("layers", layers),
+        "hidden": widths("hidden", hidden),
         "activation": activation,
         "likelihood": likelihood,
         "prior": prior,
         "network": network,
     }
-    generative = model_for(splits, model, **{**flags, **_named("--option", option)})
+    task = task_for(
+        model,
+        data,
+        {**flags, **arguments_of("--option", option)},
+        binarization=binarization,
+        labels=labels,
+        columns=Columns(response, inputs, tuple(group or ())),
+        seed=seed,
+    )
+    if task.whole and batch_size is not None:
+        raise ArgumentError(
+            f"--batch-size is {batch_size}, but {model} takes all rows of a table at once; leave it out"
+        )
     run = pyrovae.fit(
-        generative,
-        registry.GUIDES.build(_described(posterior, **_named("--guide-option", guide_option)), generative),
-        splits.train,
+        task.model,
+        registry.GUIDES.build(described(posterior, **arguments_of("--guide-option", guide_option)), task.model),
+        task.train,
         objective=bound,
-        validation=splits.validation,
+        validation=task.validation,
         epochs=epochs,
-        batch_size=batch_size,
+        batch_size=len(task.whole[0]) if task.whole else batch_size,
         lr=lr,
         optimizer=optimizer,
         schedule=schedule,
@@ -336,48 +392,18 @@ def train(
         device=device,
         compile=compile.argument,
         seed=seed,
-        run_dir=run_dir or Path("runs") / f"{data}-{model}-seed{seed}",
+        run_dir=run_dir or Path("runs") / f"{_stem(data)}-{model}-seed{seed}",
         resume=resume,
         progress=not quiet,
     )
     said = summary(run)
-    emit(said, table(as_rows(said)), json)
-
-
-def model_for(splits: Splits, name: str, **arguments: Any) -> Any:
-    """The registered model for a data set, its output starting at the mean of the training split.
-
-    Args:
-        splits: the data set, of which the model takes ``data_shape`` and, unless it is given, the likelihood.
-        name: of the model.
-        **arguments: of the model; those that are ``None`` keep the model's default.
-
-    Raises:
-        ArgumentError: an argument is unknown, out of range, or none of this model's.
-    """
-    from pyrovae import registry
-    from pyrovae.errors import ArgumentError
-
-    given = {argument: value for argument, value in arguments.items() if value is not None}
-    takes = list(inspect.signature(registry.MODELS[name]).parameters)
-    if "data_shape" not in takes or "classes" in takes:
-        raise ArgumentError(
-            f"model {name} is not of one array of independent data points, which is what a data set gives it here."
-            f" Fit it in Python: the docstring of pyrovae.models.{name} shows how."
-        )
-    for argument in given:
-        if argument not in takes:
-            flags = [_option(other) if other in _FLAGS else f"--option {other}=…" for other in takes]
-            allowed = ", ".join(flag for flag, other in zip(flags, takes, strict=True) if other != "data_shape")
-            said = _option(argument) if argument in _FLAGS else f"--option {argument}=…"
-            raise ArgumentError(f"model {name} has no {said}; its options are {allowed}")
-    intensities = splits.binarization == "none"
-    defaults = {"latent_dim": 2, "likelihood": "continuous-bernoulli" if intensities else "bernoulli"}
-    given = {argument: value for argument, value in defaults.items() if argument in takes} | given
-    model = registry.MODELS.build(_described(name, data_shape=tuple(splits.event_shape), **given))
-    if hasattr(model, "initialize_output"):
-        model.initialize_output(splits.train.x)
-    return model
+    lines = table(as_rows(said))
+    if task.whole:
+        data_on_device = [part.to(device_of(run.model, run.guide)) for part in task.whole]
+        found = pyrovae.evaluation.posterior_summary(run.model, run.guide, *data_on_device)
+        said |= {"columns": task.used, **asdict(found)}
+        lines += ["", f"{task.used}; of the guide:", str(found)]
+    emit(said, lines, json)
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -412,44 +438,11 @@ def _objective(model: type, name: str | None, **arguments: Any) -> dict[str, Any
     """The configuration of the objective: the model's own, where none is named, with the arguments that were given."""
     own = model.default_objective  # type: ignore[attr-defined]
     if name is not None:
-        return _described(name, **arguments)
+        return described(name, **arguments)
     given = {key: value for key, value in arguments.items() if value is not None}
-    return _described(own["name"], **own["arguments"] | given)
+    return described(own["name"], **own["arguments"] | given)
 
 
-def _named(option: str, given: list[str] | None) -> dict[str, Any]:
-    """The arguments of ``NAME=VALUE`` texts, whose values are JSON, or else words."""
-    from pyrovae.errors import ArgumentError
-
-    found = {}
-    for text in given or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ArgumentError(f"{option} is {text!r}; give NAME=VALUE, as steps=8")
-        try:
-            found[name.replace("-", "_")] = json_value(value)
-        except ValueError:
-            found[name.replace("-", "_")] = value
-    return found
-
-
-def _described(name: str, **arguments: Any) -> dict[str, Any]:
-    """A configuration for a registry, with the arguments that were given."""
-    return {"name": name, "arguments": {key: value for key, value in arguments.items() if value is not None}}
-
-
-def _option(argument: str) -> str:
-    return f"--{argument.replace('_', '-')}"
-
-
-def _widths(argument: str, given: str | None) -> tuple[int, ...] | None:
-    from pyrovae.errors import ArgumentError
-
-    if given is None:
-        return None
-    try:
-        return tuple(int(width) for width in given.split(",") if given.strip())
-    except ValueError:
-        raise ArgumentError(
-            f"{_option(argument)} is {given!r}; give whole numbers with commas between, as 200,200"
-        ) from None
+def _stem(data: str) -> str:
+    """What a folder is named after: the data set, or the file without what is asked of it."""
+    return Path(data.partition("?")[0]).name if "/" in data else data.partition("?")[0]

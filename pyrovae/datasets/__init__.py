@@ -11,9 +11,9 @@ Example:
     (torch.Size([1197, 8, 8]), 'dynamic', 'static')
 """
 
-from pyrovae.datasets.base import Split, Splits
+from pyrovae.datasets.base import LabelledSplit, Split, Splits
 from pyrovae.datasets.own_files import from_path
 from pyrovae.datasets.registry import describe, load, names
 from pyrovae.datasets.tables import Table, table, tables
 
-__all__ = ["Split", "Splits", "Table", "describe", "from_path", "load", "names", "table", "tables"]
+__all__ = ["LabelledSplit", "Split", "Splits", "Table", "describe", "from_path", "load", "names", "table", "tables"]

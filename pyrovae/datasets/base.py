@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyrovae.errors import ArgumentError, DataError
+from pyrovae.errors import ArgumentError, DataError, require_count
 
-__all__ = ["BINARIZATIONS", "STATIC_SEED", "Binarization", "Split", "Splits", "is_binary", "make_splits", "random_rows"]
+__all__ = [
+    "BINARIZATIONS",
+    "STATIC_SEED",
+    "Binarization",
+    "LabelledSplit",
+    "Split",
+    "Splits",
+    "is_binary",
+    "make_splits",
+    "random_rows",
+]
 
 Binarization = Literal["none", "static", "dynamic"]
 BINARIZATIONS: tuple[Binarization, ...] = get_args(Binarization)
@@ -106,6 +116,55 @@ class Split(Dataset[Tensor]):
             True
         """
         return torch.bernoulli(x) if self.binarization == "dynamic" else x
+
+    def labelled(self, count: int | None = None, *, seed: int = 0) -> LabelledSplit:
+        """The split that also hands its labels to model and guide, as ``fit(model, guide, split.labelled())``.
+
+        Args:
+            count: number of labels to keep, as evenly over the classes as it allows; the others become -1, which is a
+                missing label. ``None`` keeps all.
+            seed: of the choice.
+
+        Raises:
+            DataError: there are no labels, or fewer than ``count``.
+
+        Example:
+            >>> split = Split(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), "none")
+            >>> split.labelled(2).y.ge(0).sum()
+            tensor(2)
+        """
+        if self.y is None:
+            raise DataError(f"{self.name or 'the split'} has no labels; take data that have them")
+        if count is None:
+            return LabelledSplit(self.x, self.y, self.binarization, self.name)
+        if require_count("count", count) > len(self.y):
+            raise DataError(f"count is {count}, but there are {len(self.y)} labels; give at most so many")
+        order = torch.randperm(len(self.y), generator=torch.Generator().manual_seed(seed))
+        rank = torch.empty_like(self.y)  # of each data point within its class
+        for label in self.y.unique():
+            members = order[self.y[order] == label]
+            rank[members] = torch.arange(len(members))
+        kept = order[rank[order].argsort(stable=True)[:count]]
+        y = torch.full_like(self.y, -1).index_put((kept,), self.y[kept])
+        return LabelledSplit(self.x, y, self.binarization, self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledSplit(Split):
+    """A split whose data points come with their labels: model and guide are called as ``model(x, y)``.
+
+    :meth:`Split.labelled` makes it. A label of -1 is a missing one.
+
+    Example:
+        >>> split = Split(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), "none").labelled()
+        >>> split[1]
+        (tensor([1., 1.]), tensor(1))
+    """
+
+    def __getitem__(self, i: int | slice | Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """One draw of ``x[i]``, and the labels."""
+        assert self.y is not None
+        return super().__getitem__(i), self.y[i]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.datasets import files
-from pyrovae.errors import ArgumentError, CorruptFileError, unknown_name
+from pyrovae.errors import ArgumentError, CorruptFileError, DataError, unknown_name
 
 __all__ = ["Table", "table", "tables"]
 
@@ -176,7 +176,7 @@ def tables() -> tuple[str, ...]:
     return tuple(_ENTRIES)
 
 
-def table(name: str, *, root: str | Path | None = None, dtype: torch.dtype | None = None) -> Table:
+def table(name: str | Path, *, root: str | Path | None = None, dtype: torch.dtype | None = None) -> Table:
     """A small classic table, with columns named as they are where it is published.
 
     ==================== ===== ==========================================================================
@@ -195,7 +195,8 @@ def table(name: str, *, root: str | Path | None = None, dtype: torch.dtype | Non
     ==================== ===== ==========================================================================
 
     Args:
-        name: one of ``tables()``.
+        name: one of ``tables()``; or the path of a ``.csv`` of your own, whose first line names the columns (what
+            contains a ``/`` or ends so). Columns with a cell that is no number are text.
         root: folder that holds ``stats/*.csv``, see ``pyrovae.datasets.load``.
         dtype: of the columns of numbers, a floating-point one; ``None`` for torch's default.
 
@@ -207,6 +208,7 @@ def table(name: str, *, root: str | Path | None = None, dtype: torch.dtype | Non
             folder.
         DataUnavailableError: its file is missing and could not be downloaded.
         CorruptFileError: its file is not the published one.
+        DataError: your own file has no rows, or rows of different length.
 
     References:
         Belenky et al. 2003, https://doi.org/10.1046/j.1365-2869.2003.00337.x (sleepstudy);
@@ -227,15 +229,17 @@ def table(name: str, *, root: str | Path | None = None, dtype: torch.dtype | Non
         pyrovae.errors.ArgumentError: unknown table 'sleep' (did you mean 'sleepstudy'?); there are: eight_schools, \
 faithful, gbp_usd_returns, iris, mark_pound_returns, nile, radon, sleepstudy, sp500_returns
     """
-    if name not in _ENTRIES:
-        raise unknown_name("table", name, _ENTRIES)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ArgumentError(f"dtype is {dtype!r}; it must be a floating-point one, such as torch.float64")
-    entry = _ENTRIES[name]
+    if name not in _ENTRIES and is_csv(name):
+        return Table(str(name), _read_own(Path(name).expanduser(), dtype))
+    if name not in _ENTRIES:
+        raise unknown_name("table", str(name), _ENTRIES)
+    entry = _ENTRIES[str(name)]
     folder = None if root is None else files.as_folder(root, "root")
-    (path,) = files.obtain(name, [entry.file], folder, entry.source)
-    return Table(name, _read(path, entry.text, dtype))
+    (path,) = files.obtain(str(name), [entry.file], folder, entry.source)
+    return Table(str(name), _read(path, entry.text, dtype))
 
 
 def _read(path: Path, text: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor | list[str]]:
@@ -250,4 +254,31 @@ def _read(path: Path, text: tuple[str, ...], dtype: torch.dtype) -> dict[str, Te
                 columns[name] = torch.tensor([float(value) for value in values], dtype=torch.float64).to(dtype)
             except ValueError as error:
                 raise CorruptFileError(f"{path} has text in column {name!r} ({error}); replace it") from error
+    return columns
+
+
+def is_csv(name: str | Path) -> bool:
+    """Whether it is the path of a table of one's own, and no name."""
+    return isinstance(name, Path) or "/" in name or name.lower().endswith(".csv")
+
+
+def _read_own(path: Path, dtype: torch.dtype) -> dict[str, Tensor | list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ArgumentError(f"{path} cannot be read: {error}; give the path of a table with commas between") from error
+    except ValueError:
+        raise DataError(f"{path} is empty; its first line must name the columns") from None
+    if not rows:
+        raise DataError(f"{path} has the line {','.join(header)!r} and no rows")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise DataError(f"line {number} of {path} has {len(row)} cells; its first line names {len(header)} columns")
+    columns: dict[str, Tensor | list[str]] = {}
+    for name, values in zip(header, zip(*rows, strict=True), strict=True):
+        try:
+            columns[name] = torch.tensor([float(value) for value in values], dtype=torch.float64).to(dtype)
+        except ValueError:
+            columns[name] = list(values)
     return columns

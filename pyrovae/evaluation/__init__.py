@@ -10,6 +10,7 @@ from pyrovae.evaluation.importance import PSIS, pareto_smooth, psis
 from pyrovae.evaluation.latents import ActiveUnits, active_units, kl_per_dimension
 from pyrovae.evaluation.layers import LayerKL, kl_per_layer
 from pyrovae.evaluation.likelihood import LogLikelihood, effective_sample_size, log_likelihood
+from pyrovae.evaluation.summary import Marginal, PosteriorSummary, posterior_summary
 
 __all__ = [
     "PSIS",
@@ -22,6 +23,8 @@ __all__ = [
     "GuideRow",
     "LayerKL",
     "LogLikelihood",
+    "Marginal",
+    "PosteriorSummary",
     "active_units",
     "classify_features",
     "compare_guides",
@@ -33,6 +36,7 @@ __all__ = [
     "log_likelihood",
     "pareto_smooth",
     "posterior_samples",
+    "posterior_summary",
     "psis",
     "sbc",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def active_units(guide: Any, data: Data, threshold: float = 0.01) -> ActiveUnits
 
     Args:
         guide: an amortized guide with ``encode(x)``.
-        data: as for :func:`pyrovae.fit`; the first tensor is encoded.
+        data: as for :func:`pyrovae.fit`; as many of its tensors are encoded as ``encode`` takes.
         threshold: on the variance, in squared units of the latent; at least 0.
 
     Returns:
@@ -83,7 +84,7 @@ def kl_per_dimension(model: Any, guide: Any, data: Data) -> Tensor:
     Args:
         model: a model with ``prior()``.
         guide: an amortized guide with ``encode(x)``; both distributions must factorise over the dimensions.
-        data: as for :func:`pyrovae.fit`; the first tensor is encoded.
+        data: as for :func:`pyrovae.fit`; as many of its tensors are encoded as ``encode`` takes.
 
     Returns:
         A `latent_dim` tensor in nats.
@@ -122,4 +123,5 @@ def _posteriors(guide: Any, data: Data) -> Iterator[Any]:
     if not hasattr(guide, "encode"):
         raise ArgumentError(f"guide is a {type(guide).__name__} without encode(x); give an amortized guide")
     source = batches(data, None, device_of(guide), None)
-    return (guide.encode(batch[0]) for batch in source.epoch(0))
+    takes = len(inspect.signature(guide.encode).parameters)  # the labels too, of a guide of labelled data
+    return (guide.encode(*batch[:takes]) for batch in source.epoch(0))

@@ -10,7 +10,7 @@ from pyrovae.plots.canvas import canvas_animation, canvas_steps
 from pyrovae.plots.curves import bound_parts, learning_curves
 from pyrovae.plots.forecast import forecast_bands
 from pyrovae.plots.images import image_grid
-from pyrovae.plots.latent import interpolation, manifold, reconstructions, samples
+from pyrovae.plots.latent import class_grid, interpolation, manifold, reconstructions, samples
 from pyrovae.plots.latent_tools import (
     analogies,
     attribute_slider,
@@ -29,6 +29,7 @@ __all__ = [
     "bound_parts",
     "canvas_animation",
     "canvas_steps",
+    "class_grid",
     "contour_panels",
     "ecdf_difference",
     "forecast_bands",

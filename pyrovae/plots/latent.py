@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -22,7 +24,15 @@ from pyrovae.plots.state import (
 )
 from pyrovae.plots.style import axes_or_new
 
-__all__ = ["active_dimensions", "interpolation", "latent_scatter", "manifold", "reconstructions", "samples"]
+__all__ = [
+    "active_dimensions",
+    "interpolation",
+    "latent_scatter",
+    "manifold",
+    "reconstructions",
+    "class_grid",
+    "samples",
+]
 
 
 DRAWS = 100
@@ -113,6 +123,38 @@ def samples(model: Decoder, count: int = 64, ax: Axes | None = None, *, seed: in
     with evaluating(model, seed=seed):
         decoded = decode_means(model, attribute_of(model, "model", "prior")().sample((count,)))
     return image_grid(decoded, ax, title="Samples from the prior")
+
+
+def class_grid(model: Any, columns: int = 10, ax: Axes | None = None, *, seed: int = 0) -> Axes:
+    """What a label changes, and what it does not: a row each class, a column each latent.
+
+    Args:
+        model: a model with ``classes``, ``prior`` and ``decode(z, y)``, such as ``ConditionalVAE``.
+        columns: number of latents, drawn from the prior.
+        ax: the Axes to draw in; by default those of a new figure.
+        seed: seeds the draws; the global generators stay as they are.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ArgumentError: the data are no images, the model has no classes, or ``columns`` is below one.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from pyrovae.models import ConditionalVAE
+        >>> model = ConditionalVAE(data_shape=(4, 4), latent_dim=2, classes=3, hidden=(8,))
+        >>> class_grid(model, 5, Figure().subplots()).get_title()
+        'A row each class, a column each latent'
+    """
+    _image_size(model)
+    require_count("columns", columns)
+    classes = attribute_of(model, "model", "classes")
+    with evaluating(model, seed=seed) as device:
+        z = attribute_of(model, "model", "prior")().sample((columns,))
+        y = torch.arange(classes, device=device)
+        means = model.decode(z, y.unsqueeze(-1)).mean.float().cpu().flatten(0, 1).clamp(0.0, 1.0)
+    return image_grid(means, ax, columns=columns, title="A row each class, a column each latent")
 
 
 def manifold(model: Decoder, ax: Axes | None = None, size: int = 15, *, dims: tuple[int, int] = (0, 1)) -> Axes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from pyrovae.modes import evaluating
 from pyrovae.plots.curves import bound_parts, learning_curves
 from pyrovae.plots.images import grid_figsize, image_shape
 from pyrovae.plots.interfaces import FittedRun, History, Split
-from pyrovae.plots.latent import interpolation, manifold, reconstructions, samples
+from pyrovae.plots.latent import class_grid, interpolation, manifold, reconstructions, samples
 from pyrovae.plots.page import flatten, format_value, page, picture, table, tiles
 from pyrovae.plots.scatter import active_dimensions, latent_scatter
 from pyrovae.plots.state import encode_means, require_data
@@ -156,6 +156,7 @@ def _model_plots(run: FittedRun, data: Split) -> list[Plot]:
             between,
             wide=True,
         ),
+        *_class_plots(model, tile),
         Plot("Samples", "Decoded means of draws from the prior.", square, lambda ax: samples(model, ax=ax)),
         Plot("Latent grid", "Decoded means over two latent dimensions, at quantiles of the prior.", square, grid),
         Plot(
@@ -165,6 +166,13 @@ def _model_plots(run: FittedRun, data: Split) -> list[Plot]:
             scatter,
         ),
     ]
+
+
+def _class_plots(model: Any, tile: tuple[int, int]) -> list[Plot]:
+    if not hasattr(model, "classes"):
+        return []
+    said = "Decoded means: each row a class, each column a draw from the prior."
+    return [Plot("Classes", said, grid_figsize(model.classes, 10, tile), lambda ax: class_grid(model, ax=ax))]
 
 
 def _draw(plots: list[Plot], left_out: list[str]) -> Iterator[str]:

@@ -102,8 +102,10 @@ def attribute_of(thing: object, role: str, name: str) -> Any:
         name: the name of the method or attribute.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is none, or one that takes labels too.
     """
+    if name in ("encode", "decode") and hasattr(thing, "classes"):
+        raise ArgumentError(f"{type(thing).__name__} needs the label of each data point; plots.class_grid draws it")
     if not hasattr(thing, name):
         raise ArgumentError(
             f"{role} {getattr(thing, '__name__', type(thing).__name__)} has no {name!r}, which this plot needs; "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyrovae.datasets import Split
+from pyrovae.datasets import LabelledSplit, Split
 from pyrovae.errors import ArgumentError, DataError, require_count
 
 __all__ = ["Batches", "Data", "Key", "Resident", "batches", "key_of"]
@@ -115,6 +115,8 @@ class Resident(Batches):
         said: dict[str, Any] = {"size": self.size, "event_shapes": shapes}
         if self.split is not None:
             said |= {"name": self.split.name, "binarization": self.split.binarization}
+        if isinstance(self.split, LabelledSplit):
+            said["labels"] = int((self.tensors[1] >= 0).sum())
         return said
 
 
@@ -168,8 +170,8 @@ def batches(
 
     Args:
         data: a tensor `n x *event`; a sequence of tensors with the same n (passed to model and guide as arguments);
-            a :class:`pyrovae.datasets.Split`; a ``TensorDataset``, any map-style ``Dataset``, or a ``DataLoader``
-            (used as it is).
+            a :class:`pyrovae.datasets.Split` (with its labels, if it is ``split.labelled()``); a ``TensorDataset``, any
+            map-style ``Dataset``, or a ``DataLoader`` (used as it is).
         batch_size: data points a minibatch; ``None`` for 100 (it must be ``None`` with a ``DataLoader``).
         device: where the minibatches are to be.
         seed: of the shuffling; ``None`` keeps the order.
@@ -211,6 +213,9 @@ def batches(
 
 
 def _tensors(data: Any, name: str) -> tuple[Tensor, ...] | None:
+    if isinstance(data, LabelledSplit):
+        assert data.y is not None
+        return data.x, data.y
     if isinstance(data, Split):
         return (data.x,)
     if isinstance(data, Tensor):

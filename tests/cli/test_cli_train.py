@@ -233,8 +233,6 @@ def test_ctrl_c_says_where_the_checkpoint_is(tmp_path: Path, extra: tuple[str, .
         (("--likelihood", "poisson"), "unknown likelihood 'poisson'"),
         (("--likelihood", "bernoulli", "--binarization", "none"), "use --likelihood continuous-bernoulli"),
         (("--binarization", "often"), "allowed: none, static, dynamic"),
-        (("LinearMixedModel",), "model LinearMixedModel is not of one array of independent data points"),
-        (("ConditionalVAE",), "Fit it in Python: the docstring of pyrovae.models.ConditionalVAE"),
         (("--option", "wings=2"), "model VAE has no --option wings=…; its options are --latent-dim, --hidden"),
         (("--option", "blocks"), "--option is 'blocks'; give NAME=VALUE"),
         (("--guide-option", "wings=2"), "guide AmortizedNormal: got an unexpected keyword argument 'wings'"),

@@ -668,3 +668,24 @@ def test_a_file_is_hashed_once_until_it_changes(monkeypatch: pytest.MonkeyPatch,
     assert files._sha256.cache_info().misses == misses
     path.write_bytes(b"another")
     assert files.sha256(path) == hashlib.sha256(b"another").hexdigest()
+
+
+def test_labels_come_with_the_data_where_they_are_asked_for() -> None:
+    """All of them, or some of each class; pixels are still drawn anew."""
+    train = datasets.load("digits").train
+    whole = train.labelled()
+    x, y = whole[torch.arange(50)]
+    assert torch.equal(y, train.y[:50])
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(x, whole[torch.arange(50)][0])
+    some = train.labelled(23, seed=1)
+    counts = some.y[some.y >= 0].bincount(minlength=10)
+    assert int(counts.sum()) == 23
+    assert int(counts.max()) - int(counts.min()) == 1
+    assert torch.equal(some.y[some.y >= 0], train.y[some.y >= 0])
+    assert torch.equal(some.y, train.labelled(23, seed=1).y)
+    assert not torch.equal(some.y, train.labelled(23, seed=2).y)
+    with pytest.raises(DataError, match="has no labels"):
+        Split(torch.ones(3, 2), None, "none").labelled()
+    with pytest.raises(DataError, match="count is 2000, but there are 1197 labels"):
+        train.labelled(2000)

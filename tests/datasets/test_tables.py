@@ -16,7 +16,7 @@ import torch
 
 from pyrovae import datasets
 from pyrovae.datasets import Table
-from pyrovae.errors import ArgumentError, CorruptFileError, DataUnavailableError
+from pyrovae.errors import ArgumentError, CorruptFileError, DataError, DataUnavailableError
 
 module = importlib.import_module("pyrovae.datasets.tables")  # whose name in the package is the function's
 ROWS = {
@@ -235,3 +235,29 @@ def test_published_text_where_numbers_belong(tmp_path: Path) -> None:
     assert found["b"] == ["x", "z"]
     assert torch.equal(found["a"], torch.tensor([2.5, 3.0]))
     assert list(found) == ["a", "b"]
+
+
+def test_a_table_of_ones_own(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("who,height\nada,1.5\n\nbob,1e2\n")
+    found = table(path)
+    assert found.columns["who"] == ["ada", "bob"]
+    assert found["height"].tolist() == [1.5, 100.0]
+    assert table(str(path)).name == str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("", DataError, "is empty; its first line must name the columns"),
+        ("a,b\n", DataError, "has the line 'a,b' and no rows"),
+        ("a,b\n1,2\n3\n", DataError, "line 3 of .* has 1 cells; its first line names 2 columns"),
+        (None, ArgumentError, "cannot be read"),
+    ],
+)
+def test_a_bad_table_of_ones_own_is_refused(text, error, said, tmp_path):
+    path = tmp_path / "mine.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=said):
+        table(path)

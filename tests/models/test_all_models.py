@@ -163,6 +163,8 @@ def test_the_predictive_of_the_prior_vectorizes(name: str) -> None:
 def test_epochs_raise_the_bound_and_the_run_is_rebuilt(name: str, tmp_path: Any) -> None:
     model, guide, objective, data = built(name)
     size = len(data[0]) if CASES[name].whole else 8
+    if hasattr(model, "start_values"):  # a guide that starts at the mode has little to learn
+        model.start_values = lambda *args: {}
     run = pyrovae.fit(
         model, guide, data, objective=objective, epochs=30, batch_size=size, lr=0.01, compile=False, run_dir=tmp_path,
         progress=False,

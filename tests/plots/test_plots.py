@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal
 
-from pyrovae import plots
+from pyrovae import models, plots
 from pyrovae.errors import ArgumentError, DataError
 from pyrovae.guides import AmortizedBernoulli
 from pyrovae.models import SigmoidBeliefNet
@@ -133,6 +133,7 @@ def test_every_plot_is_under_contract() -> None:
     elsewhere = {"contour_panels", "ecdf_difference", "posterior_contours", "rank_histogram"}  # test_posterior.py
     elsewhere |= {"analogies", "attribute_slider", "attribute_strip", "interpolation_strips", "neighbours"}
     elsewhere |= {"canvas_animation", "canvas_steps", "forecast_bands"}  # test_canvas.py, test_forecast.py
+    elsewhere |= {"class_grid"}  # of a model of labelled data, below
     assert set(DRAW) | {"report"} | elsewhere == set(plots.__all__)
 
 
@@ -614,3 +615,22 @@ class TestReport:
             plots.report(make_run(case), case, tmp_path)
         with pytest.raises(DataError, match=r"data\.x holds no data points"):
             plots.report(make_run(case), SimpleNamespace(x=case.x[:0], y=None), tmp_path / "report.html")
+
+
+def test_class_grid_has_a_row_each_class() -> None:
+    """A model that ignores its latent has equal columns, and one that ignores the label equal rows."""
+    model = models.ConditionalVAE(data_shape=(4, 4), latent_dim=2, classes=3, hidden=())
+    for inputs, axis in ((slice(0, 2), 1), (slice(2, None), 0)):
+        with torch.no_grad():
+            weight = model.decoder[0].weight
+            torch.nn.init.normal_(weight)
+            weight[:, inputs] = 0.0
+        shown = plots.class_grid(model, 5, Figure().subplots()).images[0].get_array()
+        tiles = np.pad(np.asarray(shown)[..., 0] if np.ndim(shown) == 3 else np.asarray(shown), ((0, 1), (0, 1)))
+        tiles = tiles.reshape(3, 5, 5, 5).swapaxes(1, 2)[..., :4, :4]
+        same = tiles.std(axis).max()
+        assert same < 1e-6 < tiles.std(1 - axis).max()
+    with pytest.raises(ArgumentError, match="no 'classes'"):
+        plots.class_grid(models.VAE(data_shape=(4, 4), latent_dim=2, hidden=(8,)))
+    with pytest.raises(ArgumentError, match="needs the label of each data point; plots.class_grid"):
+        plots.samples(model)

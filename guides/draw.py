@@ -12,7 +12,8 @@ from torch import Tensor
 from pyrovae.errors import ArgumentError, require_count
 from pyrovae.guides.amortized import held, replayed, reshaped
 from pyrovae.guides.families import DiagonalNormal
-from pyrovae.models.draw import DRAW, LSTM, Attention, Drawing
+from pyrovae.models.attention import Attention
+from pyrovae.models.draw import DRAW, LSTM, Drawing
 from pyrovae.models.networks import full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES

@@ -22,7 +22,7 @@ from pyrovae.models.markov import MarkovChain, StateSpaceModel
 from pyrovae.models.mixed import LinearMixedModel, MixedModelFit
 from pyrovae.models.mixture import GaussianMixture
 from pyrovae.models.nonlinear_state_space import DeepKalmanFilter, GrowthModel
-from pyrovae.models.semi_supervised_vae import SemiSupervisedELBO, SemiSupervisedVAE
+from pyrovae.models.semi_supervised_vae import SemiSupervisedVAE
 from pyrovae.models.sigmoid_belief_net import SigmoidBeliefNet
 from pyrovae.models.spherical_vae import SphericalVAE
 from pyrovae.models.state_space import LinearGaussianStateSpace
@@ -49,7 +49,6 @@ __all__ = [
     "MarkovChain",
     "MixedModelFit",
     "MixtureEstimate",
-    "SemiSupervisedELBO",
     "SemiSupervisedVAE",
     "SigmoidBeliefNet",
     "SphericalVAE",

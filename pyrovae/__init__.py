@@ -22,6 +22,7 @@ from pyrovae.objectives import (
     Objective,
     Renyi,
     ReweightedWakeSleep,
+    SemiSupervisedELBO,
     WakeSleep,
 )
 from pyrovae.training import SVI, Run, fit, load
@@ -43,6 +44,7 @@ __all__ = [
     "Renyi",
     "ReweightedWakeSleep",
     "Run",
+    "SemiSupervisedELBO",
     "WakeSleep",
     "datasets",
     "distributions",

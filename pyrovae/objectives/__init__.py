@@ -14,6 +14,7 @@ from pyrovae.objectives.jvi import JVI
 from pyrovae.objectives.multisample import MultiSample
 from pyrovae.objectives.renyi import Renyi
 from pyrovae.objectives.schedules import LinearWarmup
+from pyrovae.objectives.semi_supervised import SemiSupervisedELBO
 from pyrovae.objectives.tvo import TVO
 from pyrovae.objectives.wake_sleep import ForwardKL, ReweightedWakeSleep, WakeSleep
 
@@ -30,5 +31,6 @@ __all__ = [
     "Objective",
     "Renyi",
     "ReweightedWakeSleep",
+    "SemiSupervisedELBO",
     "WakeSleep",
 ]

@@ -15,7 +15,8 @@ import pyrovae
 from pyrovae.errors import ArgumentError, DataError
 from pyrovae.guides.draw import AmortizedDRAW, canvases
 from pyrovae.models import VAE
-from pyrovae.models.draw import DRAW, LSTM, Attention, Grid, filterbank
+from pyrovae.models.attention import Attention, Grid, filterbank
+from pyrovae.models.draw import DRAW, LSTM
 from pyrovae.registry import GUIDES, MODELS, configuration
 from pyrovae.structure import check
 from pyrovae.training.programs import local_params, named_parameters, state_of

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import pyrovae
+from pyrovae import SemiSupervisedELBO
 from pyrovae.errors import ArgumentError, DataError, ModelGuideError
 from pyrovae.guides import AmortizedNormal
 from pyrovae.guides.semi_supervised import AmortizedSemiSupervised
 from pyrovae.models import VAE
-from pyrovae.models.semi_supervised_vae import SemiSupervisedELBO, SemiSupervisedVAE
+from pyrovae.models.semi_supervised_vae import SemiSupervisedVAE
 from pyrovae.registry import GUIDES, MODELS, OBJECTIVES, configuration
 from pyrovae.training.programs import local_params
 

@@ -43,6 +43,7 @@ bench: $(STAMP)  ## the benchmarks that take minutes; the recipes of benchmarks/
 	@$(BIN)/python -m benchmarks.log_likelihood
 	@$(BIN)/python -m benchmarks.objectives
 	@$(BIN)/python -m benchmarks.speed
+	@$(BIN)/python -m benchmarks.classics
 
 clean:  ## remove what was built (the environment and the runs stay)
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

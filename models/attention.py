@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,9 @@ class Attention(nn.Module):
         g_X = \frac{A + 1}{2} (\tilde g_X + 1), \quad g_Y = \frac{B + 1}{2} (\tilde g_Y + 1), \quad
         \delta = \frac{\max(A, B) - 1}{N - 1} \tilde\delta
 
-    for images of A columns and B rows (one filter alone has no stride). The channels of an image share the grid.
+    for images of A columns and B rows (one filter alone has no stride). The channels of an image share the grid. At
+    first it covers the image, with filters half as wide as their distance. (From b = 0 they would be a pixel wide and
+    reach from corner to corner: two of them see nothing of a digit of MNIST, and the latents stay unused for epochs.)
 
     Args:
         hidden: width of the decoder's output.
@@ -89,6 +92,11 @@ class Attention(nn.Module):
         super().__init__()
         self.image_shape, self.size = image_shape, size
         self.place = mlp(hidden, (), 5)
+        (linear,) = self.place
+        assert isinstance(linear, nn.Linear)
+        with torch.no_grad():
+            linear.bias[2] = 2 * math.log(max(image_shape) / (2 * size))
+            linear.bias[3] = math.log(max(size - 1, 1) / size)
 
     def forward(self, output: Tensor) -> Grid:
         """The grid for `*batch x hidden` outputs of the decoder."""

@@ -165,7 +165,7 @@ class LinearGaussianStateSpace(StateSpaceModel):
             "state_covariance": self.state_tril @ self.state_tril.mT,
             "observation_covariance": self.observation_tril @ self.observation_tril.mT,
         }
-        return {name: values[name] for name in self.learn}
+        return {name: values[name].detach() for name in self.learn}
 
     def initial(self) -> TorchDistribution:
         """p(z_1): batch shape (), event shape (d,)."""

@@ -29,3 +29,13 @@ def skip_without_cuda(request: pytest.FixtureRequest) -> None:
     """Tests marked ``cuda`` run where there is a device."""
     if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are traced, and compared with the eager ones as ever, but torch runs the graph.
+
+    Whether a step has a static structure and does what the eager one does shows there. Inductor takes seconds for each
+    graph, so that it compiles some of each kind.
+    """
+    monkeypatch.setattr(graph, "_inductor", lambda made, inputs, device, repeats: (made, None))

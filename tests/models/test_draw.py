@@ -539,3 +539,13 @@ def test_a_fit_of_digits_climbs(sizes):
     # An attentive decoder first learns where to write: in so few steps little more than the mean.
     assert bounds[-1] > independent + (0.5 if sizes == (None, None) else -0.6)
     assert bounds[0] < independent - 1.5
+
+
+@pytest.mark.parametrize(("shape", "size"), [((28, 28), 2), ((28, 28), 5), ((8, 12), 3), ((6, 6), 1)])
+def test_the_window_starts_over_the_whole_image(shape, size):
+    """Every pixel weighs at least a tenth of what it would in a mean: no part of the image is out of sight."""
+    attention = Attention(16, shape, size)
+    with torch.no_grad():
+        by_row, by_column = attention._filters(attention(torch.zeros(16)))
+    for filters, pixels in ((by_row, shape[0]), (by_column, shape[1])):
+        assert (filters.mean(-2) > 0.1 / pixels).all()

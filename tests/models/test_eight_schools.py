@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_both_parametrizations_generate_the_same_law(parametrization):
         assert abs(found - share) < 4.5 * (share * (1 - share) / 20_000) ** 0.5
 
 
+@functools.cache
 def fitted(parametrization, kind, steps=600):
     pyro.clear_param_store()
     model = EightSchools(parametrization=parametrization)

@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 
 # Of recipes that differ in the data alone, one; those that start from another run both.
-TRIED = [
-    name for name in RECIPES if name not in ("residual-olivetti", "residual-fashion-mnist", "residual-cifar10-subset")
-]
+TWINS = ("residual-olivetti", "residual-fashion-mnist", "residual-cifar10-subset")
+TRIED = [name for name in RECIPES if name not in TWINS]
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if RECIPES[name].start else []) for name in TRIED]
 QUICK = ("vae-1l-static", "sbn-vimco-static")
 AGAIN = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TRIED]

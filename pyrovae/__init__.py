@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from pyrovae import datasets, distributions, evaluation, flows, guides, latent, models, plots
+from pyrovae import datasets, distributions, evaluation, flows, guides, latent, models, plots, tabular
 from pyrovae.objectives import (
     ELBO,
     IWAE,
@@ -57,4 +57,5 @@ __all__ = [
     "log_weights",
     "models",
     "plots",
+    "tabular",
 ]

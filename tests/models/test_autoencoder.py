@@ -247,7 +247,9 @@ def test_half_precision_networks_keep_full_precision_densities(digits):
 @pytest.mark.parametrize(
     "arguments", [dict(noise=0.3), dict(likelihood="discretized-logistic-mixture")], ids=["denoising", "eight-bit"]
 )
-def test_compiled_it_learns_the_same(digits, arguments):
+def test_compiled_it_learns_the_same(digits, arguments, request):
+    if "noise" in arguments:
+        request.getfixturevalue("traced")
     x = (digits.train.x[:400] * 255).round() / 255
     histories = []
     for compiled in (False, True):

@@ -121,13 +121,19 @@ def test_in_double_precision_both_agree_to_double_precision() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_compiles(name: str) -> None:
+def test_every_objective_compiles(name: str, request: pytest.FixtureRequest) -> None:
+    """Those whose operators others have too are traced."""
+    if name in ("jvi", "renyi", "tvo", "free bits", "analytic with warm-up", "stl"):
+        request.getfixturevalue("traced")
     assert_close(*both(objective=OBJECTIVES[name], epochs=10))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_compiles(name: str) -> None:
+def test_every_optimizer_compiles(name: str, request: pytest.FixtureRequest) -> None:
+    """Variants of Adam, but for itself, are traced."""
+    if name in ("adamw", "adamax", "nadam", "radam"):
+        request.getfixturevalue("traced")
     assert_close(*both(optimizer=name, epochs=10, **OPTIMIZERS[name]))
 
 

@@ -19,12 +19,11 @@ from pyrovae.errors import ArgumentError
 ROOT = Path(__file__).parents[2]
 
 
-# Of recipes that differ in the data alone, one; those that start from another run both.
+# Of recipes that differ in the data alone, one.
 TWINS = ("residual-olivetti", "residual-fashion-mnist", "residual-cifar10-subset")
 TRIED = [name for name in RECIPES if name not in TWINS]
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if RECIPES[name].start else []) for name in TRIED]
 QUICK = ("vae-1l-static", "sbn-vimco-static")
-AGAIN = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TRIED]
+NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TRIED]
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_a_recipe_trains_and_evaluates(name, tiny):
     assert 1 <= result.epoch <= 3
 
 
-@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_seed_fixes_the_result_and_a_run_folder_continues_it(name, tiny, tmp_path):
     first = reproduce(name, tiny, particles=10, epochs=2, progress=False)
     again = reproduce(name, tiny, particles=10, epochs=2, progress=False, runs=tmp_path)

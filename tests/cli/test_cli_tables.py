@@ -55,6 +55,7 @@ def test_every_model_of_tables_is_tried() -> None:
     assert COLUMNS.keys() == TABULAR.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TABULAR))
 def test_a_table_is_fitted_and_the_run_loads(name: str, table: Path, tmp_path: Path) -> None:
     arguments = (
@@ -79,6 +80,7 @@ def test_a_table_is_fitted_and_the_run_loads(name: str, table: Path, tmp_path: P
     assert said["columns"] == made.used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_PICTURES)
 def test_every_other_model_is_fitted_to_pictures(name: str, tmp_path: Path) -> None:
     small = ["--option", "steps=2"] if name == "DRAW" else []

@@ -18,7 +18,7 @@ from pyrovae.models.networks import full_precision, mlp
 from pyrovae.modes import device_of
 from pyrovae.registry import GUIDES
 
-__all__ = ["AmortizedDRAW", "canvases"]
+__all__ = ["AmortizedDRAW"]
 
 
 @GUIDES.register
@@ -98,26 +98,3 @@ class AmortizedDRAW(PyroModule):
             grid = self.attention(drawing.memory.output)
             both = self.attention.read(both.reshape(*batch, -1, *self.attention.image_shape), grid)
         return torch.cat([both.reshape(*batch, -1), drawing.memory.output.expand(*batch, -1)], -1)
-
-
-@torch.no_grad()
-def canvases(model: DRAW, guide: AmortizedDRAW, x: Tensor) -> Tensor:
-    """How the data are drawn: their mean on the canvas after each step, for one draw of the posterior.
-
-    Args:
-        model: the model.
-        guide: its guide.
-        x: A `n x *data_shape` tensor of data points.
-
-    Returns:
-        A `steps x n x *data_shape` tensor; for binary data the probabilities σ(c_t).
-
-    Raises:
-        DataError: ``x`` is not a batch of data points of the model's shape.
-
-    Example:
-        >>> model = DRAW(data_shape=(8, 8), steps=3, latent_dim=2, hidden=16)
-        >>> canvases(model, AmortizedDRAW(model), torch.zeros(5, 8, 8)).shape
-        torch.Size([3, 5, 8, 8])
-    """
-    return model.canvases(guide(x))

@@ -6,17 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, unknown_name
-from pyrovae.models.likelihoods import LIKELIHOODS, by_element, require_batch, start_at_mean
+from pyrovae.models.layers import Layered
+from pyrovae.models.likelihoods import LIKELIHOODS, by_element, start_at_mean
 from pyrovae.models.networks import full_precision, hidden_by_network, mlp
-from pyrovae.models.sigmoid_belief_net import Ancestral
-from pyrovae.modes import device_of
 from pyrovae.registry import MODELS
 
 __all__ = ["HierarchicalVAE"]
@@ -25,7 +22,7 @@ _LOG_SCALE_LIMIT = 10.0  # as of the guides' posteriors: a first step, or data f
 
 
 @MODELS.register
-class HierarchicalVAE(PyroModule):
+class HierarchicalVAE(Layered):
     r"""Layers of real latents above the data, each a diagonal Gaussian whose moments a network computes from above.
 
     .. math:: z_L \sim \mathcal{N}(0, I), \qquad
@@ -106,10 +103,6 @@ class HierarchicalVAE(PyroModule):
         """p(z_L) of the top layer: batch shape (), event shape (layers[-1],)."""
         return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
 
-    def prior(self) -> dist.TorchDistribution:
-        """p(z_1), for ``decode``: batch shape (), event shape (layers[0],); with several layers it has draws alone."""
-        return self.top() if len(self.layers) == 1 else Ancestral(self)
-
     def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
         """p(z_layer | z) for `*batch x layers[layer]` values z of the layer above: batch shape `*batch`."""
         loc, log_scale = full_precision(self.decoders[layer](z)).chunk(2, -1)
@@ -119,24 +112,6 @@ class HierarchicalVAE(PyroModule):
         """p(x | z_1) for `*batch x layers[0]` values: batch shape `*batch`, event shape ``data_shape``."""
         out = by_element(full_precision(self.decoders[0](z)), self.likelihood.outputs, self.data_shape, False)
         return self.likelihood.distribution(out, self.likelihood_scale).to_event(len(self.data_shape))
-
-    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Conditions on ``x``, or generates ``size`` data points when it is ``None``; returns the data.
-
-        Args:
-            x: A `n x *data_shape` tensor, or ``None``.
-            size: number of data points to generate.
-
-        Raises:
-            DataError: ``x`` is not a batch of data points of this model's shape.
-        """
-        if x is not None:
-            require_batch(x, self.data_shape)
-        with pyro.plate("data", size if x is None else len(x), device=device_of(self)):
-            z = pyro.sample(f"z{len(self.layers)}", self.top())
-            for layer in range(len(self.layers) - 1, 0, -1):
-                z = pyro.sample(f"z{layer}", self.below(layer, z))
-            return pyro.sample("x", self.decode(z), obs=x)
 
     def initialize_output(self, x: Tensor) -> HierarchicalVAE:
         """Sets the decoder's last bias so that it starts at the mean of the data, and returns the model.

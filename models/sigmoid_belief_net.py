@@ -6,25 +6,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError
-from pyrovae.models.likelihoods import LIKELIHOODS, require_batch
+from pyrovae.models.layers import Layered
+from pyrovae.models.likelihoods import LIKELIHOODS
 from pyrovae.models.networks import full_precision, mlp
 from pyrovae.registry import MODELS
 
-__all__ = ["Ancestral", "SigmoidBeliefNet"]
+__all__ = ["SigmoidBeliefNet"]
 
 
 @MODELS.register
-class SigmoidBeliefNet(PyroModule):
+class SigmoidBeliefNet(Layered):
     r"""Layers of binary latents above binary data, each layer independent given the one above it.
 
     .. math:: z_L \sim \mathrm{Bern}(\sigma(b)), \qquad
@@ -59,6 +57,7 @@ class SigmoidBeliefNet(PyroModule):
         >>> model = SigmoidBeliefNet(data_shape=(8, 8), layers=(20, 10))
         >>> model(size=5).shape
         torch.Size([5, 8, 8])
+        >>> import pyro
         >>> sorted(pyro.poutine.trace(model).get_trace(torch.ones(3, 8, 8)).stochastic_nodes)
         ['data', 'z1', 'z2']
 
@@ -107,10 +106,6 @@ class SigmoidBeliefNet(PyroModule):
         """p(z_L) of the top layer: batch shape (), event shape (layers[-1],)."""
         return dist.Bernoulli(logits=self.prior_logits).to_event(1)
 
-    def prior(self) -> dist.TorchDistribution:
-        """p(z_1), for ``decode``: batch shape (), event shape (layers[0],); with several layers it has draws alone."""
-        return self.top() if len(self.layers) == 1 else Ancestral(self)
-
     def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
         """p(z_layer | z) for `*batch x layers[layer]` units z of the layer above: batch shape `*batch`."""
         return dist.Bernoulli(logits=full_precision(self.decoders[layer](2.0 * z - 1.0))).to_event(1)
@@ -119,24 +114,6 @@ class SigmoidBeliefNet(PyroModule):
         """p(x | z_1) for `*batch x layers[0]` units: batch shape `*batch`, event shape ``data_shape``."""
         logits = full_precision(self.decoders[0](2.0 * z - 1.0)).reshape(*z.shape[:-1], *self.data_shape)
         return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
-
-    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Conditions on ``x``, or generates ``size`` data points when it is ``None``; returns the data.
-
-        Args:
-            x: A `n x *data_shape` tensor of zeros and ones, or ``None``.
-            size: number of data points to generate.
-
-        Raises:
-            DataError: ``x`` is not a batch of data points of this model's shape.
-        """
-        if x is not None:
-            require_batch(x, self.data_shape)
-        with pyro.plate("data", size if x is None else len(x), device=self.prior_logits.device):
-            z = pyro.sample(f"z{len(self.layers)}", self.top())
-            for layer in range(len(self.layers) - 1, 0, -1):
-                z = pyro.sample(f"z{layer}", self.below(layer, z))
-            return pyro.sample("x", self.decode(z), obs=x)
 
     @torch.no_grad()
     def initialize_output(self, x: Tensor) -> SigmoidBeliefNet:
@@ -148,46 +125,3 @@ class SigmoidBeliefNet(PyroModule):
         last = [module for module in self.decoders[0].modules() if isinstance(module, nn.Linear)][-1]
         last.bias.copy_(self.likelihood.bias(x.to(self.prior_logits).mean(0)).reshape(-1))
         return self
-
-
-class Layered(Protocol):
-    """What ancestral sampling reads from a model of latent layers."""
-
-    layers: tuple[int, ...]
-
-    def top(self) -> dist.TorchDistribution:
-        """p(z_L)."""
-
-    def below(self, layer: int, z: Tensor) -> dist.TorchDistribution:
-        """p(z_layer | z_{layer+1} = z)."""
-
-
-class Ancestral(dist.TorchDistribution):
-    """p(z_1) below other layers, which cannot be summed out: draws, but neither density nor moments.
-
-    Args:
-        model: a model of several layers.
-
-    Example:
-        >>> Ancestral(SigmoidBeliefNet(data_shape=(4,), layers=(3, 2))).sample((5,)).shape
-        torch.Size([5, 3])
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, model: Layered) -> None:
-        self.model = model
-        super().__init__(torch.Size(), torch.Size((model.layers[0],)))
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """That of each layer: a vector of binary or of real units."""
-        return self.model.top().support
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws `*sample_shape x layers[0]` units, from the top layer down."""
-        z: Tensor = self.model.top().sample(torch.Size(sample_shape))
-        for layer in range(len(self.model.layers) - 1, 0, -1):
-            z = self.model.below(layer, z).sample()
-        return z

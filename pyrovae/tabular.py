@@ -63,6 +63,11 @@ class _Roles:
         """The inputs: the columns that were named, else all of numbers but one."""
         return [name for name in self.numbers if name != but] if self.inputs is None else list(self.inputs)
 
+    def explained(self) -> tuple[str, Tensor, list[str]]:
+        """The name of the response, the response, and the names of the inputs."""
+        y_name = self.y_name()
+        return y_name, self.table[y_name], self.x_names(but=y_name)
+
     def x(self, names: Sequence[str]) -> Tensor:
         """Columns side by side, `n x columns`."""
         if not names:
@@ -70,23 +75,20 @@ class _Roles:
         return torch.stack([self.table[name] for name in names], dim=1)
 
 
-_Made = tuple[
-    dict[str, Any], Callable[[Any], tuple[Tensor, ...]], str
-]  # arguments, data given the model, what was used
+# Arguments of the model, the data (of which the model may make a part), and what was used.
+_Made = tuple[dict[str, Any], Callable[[Any], tuple[Tensor, ...]], str]
 
 
 def _regression(roles: _Roles) -> _Made:
-    y_name = roles.y_name()
-    names = roles.x_names(but=y_name)
-    x, y = roles.x(names), roles.y()
+    y_name, y, names = roles.explained()
+    x = roles.x(names)
     arguments = {"features": len(names) + 1, "intercept": True, "prior_precision": 1e-4, "noise_rate": _variance(y)}
     return arguments, lambda model: (x, y), f"{y_name} on {', '.join(names)}"
 
 
 def _process(roles: _Roles) -> _Made:
-    y_name = roles.y_name()
-    names = roles.x_names(but=y_name)
-    x, y = roles.x(names), roles.y()
+    y_name, y, names = roles.explained()
+    x = roles.x(names)
     variance = _variance(y)
     arguments = {
         "features": len(names),
@@ -139,8 +141,7 @@ def _mixed(roles: _Roles) -> _Made:
         raise ArgumentError(
             "groups is empty; this model takes grouping columns, as Subject, or as Subject:Days for slopes"
         )
-    y, y_name = roles.y(), roles.y_name()
-    names = roles.x_names(but=y_name)
+    y_name, y, names = roles.explained()
     ones, spread = torch.ones(len(y), 1, dtype=y.dtype), _variance(y) ** 0.5
     X = torch.cat([ones, *([roles.x(names)] if names else [])], dim=1)
     designs, levels, groups, scales = {}, {}, {}, {}
@@ -163,12 +164,11 @@ def _mixed(roles: _Roles) -> _Made:
 
 
 def _study(roles: _Roles) -> _Made:
-    names = roles.x_names(but=roles.y_name())
+    y_name, y, names = roles.explained()
     if len(names) != 1:
         raise DataError(f"the inputs are {', '.join(names) or 'none'}; this model takes one: the standard errors")
-    y = roles.y().unsqueeze(0)
-    used = f"{roles.y_name()} with standard errors {names[0]}"
-    return {"standard_errors": roles.x(names)[:, 0].tolist()}, lambda model: (y,), used
+    used = f"{y_name} with standard errors {names[0]}"
+    return {"standard_errors": roles.table[names[0]].tolist()}, lambda model: (y.unsqueeze(0),), used
 
 
 def _level(roles: _Roles) -> _Made:

@@ -48,15 +48,18 @@ class Task:
         model: the model.
         train: the data.
         validation: what early stopping goes by; ``None`` where the latents belong to all rows of a table.
-        whole: the tensors of such a table, which are one minibatch.
-        used: what became of its columns, in one line.
+        used: what became of the columns of such a table, in one line.
     """
 
     model: Any
     train: Data
     validation: Data | None = None
-    whole: tuple[Tensor, ...] = ()
     used: str = ""
+
+    @property
+    def whole(self) -> tuple[Tensor, ...]:
+        """The tensors of a table, which are one minibatch; empty for other data."""
+        return self.train if isinstance(self.train, tuple) else ()
 
 
 def task_for(
@@ -100,7 +103,7 @@ def task_for(
         prepared = tabular.prepare(
             name, _table(data, name), response=columns.response, inputs=inputs, groups=columns.groups, **given
         )
-        return Task(prepared.model, prepared.data, whole=prepared.data, used=prepared.used)
+        return Task(prepared.model, prepared.data, used=prepared.used)
     if columns.given:
         raise ArgumentError(f"{columns.given[0]} is for tables, and {name} is not fitted to one here; leave it out")
     splits = datasets.load(data, binarization=binarization)
@@ -134,13 +137,10 @@ def _array(path: Path) -> Table:
     import numpy as np
     import torch
 
-    from pyrovae.datasets import Table
+    from pyrovae.datasets import Table, own_files
     from pyrovae.errors import ArgumentError
 
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"{path} cannot be read as an array: {error}") from error
+    array, _ = own_files.read(path, None)
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.number):
         raise ArgumentError(f"{path} is {array.dtype} of shape {array.shape}; it must be numbers, rows x columns")
     values = torch.as_tensor(array.reshape(len(array), -1)).to(torch.get_default_dtype())

@@ -87,7 +87,7 @@ def from_path(
     if binarization is not None and binarization not in BINARIZATIONS:
         raise ArgumentError(f"binarization is {binarization!r}; allowed are: {', '.join(BINARIZATIONS)}, or None")
     place = Path(path).expanduser().absolute()
-    array, label = _read(place, labels)
+    array, label = read(place, labels)
     x = _intensities(array, place)
     if binarization is None:
         binarization = "static" if is_binary(x) else "none"
@@ -150,7 +150,7 @@ def _share(argument: str, value: object) -> float:
     return value
 
 
-def _read(path: Path, labels: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+def read(path: Path, labels: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
     """The rows, and what labels them."""
     if not path.exists():
         raise ArgumentError(f"there is no file or folder {str(path)!r}; give the path of one that exists")
@@ -185,13 +185,22 @@ def _read_arrays(path: Path, labels: str | None) -> tuple[np.ndarray[Any, Any], 
     return arrays["x"], arrays.get(labels or "y")
 
 
-def _read_csv(path: Path, labels: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+def csv_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """The lines of a table that are not empty: their numbers in the file, and their cells.
+
+    Raises:
+        DataError: it is no comma-separated UTF-8 text.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, skipinitialspace=True, strict=True)
-            lines = [(reader.line_num, row) for row in reader if row]  # an empty line is no row
+            return [(reader.line_num, row) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as comma-separated UTF-8 text ({error})") from error
+
+
+def _read_csv(path: Path, labels: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    lines = csv_lines(path)
     if not lines:
         raise DataError(f"{path} is empty")
     header = lines[0][1]

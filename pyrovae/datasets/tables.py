@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.datasets import files
+from pyrovae.datasets.own_files import csv_lines
 from pyrovae.errors import ArgumentError, CorruptFileError, DataError, unknown_name
 
 __all__ = ["Table", "table", "tables"]
@@ -264,19 +265,19 @@ def is_csv(name: str | Path) -> bool:
 
 def _read_own(path: Path, dtype: torch.dtype) -> dict[str, Tensor | list[str]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = csv_lines(path)
+    except OSError as error:
         raise ArgumentError(f"{path} cannot be read: {error}; give the path of a table with commas between") from error
-    except ValueError:
-        raise DataError(f"{path} is empty; its first line must name the columns") from None
+    if not lines:
+        raise DataError(f"{path} is empty; its first line must name the columns")
+    (_, header), *rows = lines
     if not rows:
         raise DataError(f"{path} has the line {','.join(header)!r} and no rows")
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(header):
             raise DataError(f"line {number} of {path} has {len(row)} cells; its first line names {len(header)} columns")
     columns: dict[str, Tensor | list[str]] = {}
-    for name, values in zip(header, zip(*rows, strict=True), strict=True):
+    for name, values in zip(header, zip(*(row for _, row in rows), strict=True), strict=True):
         try:
             columns[name] = torch.tensor([float(value) for value in values], dtype=torch.float64).to(dtype)
         except ValueError:

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import urllib.error
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -386,21 +385,6 @@ def test_binarized_mnist_is_the_text_of_its_files() -> None:
 
 
 # ---------------------------------------------------------------- files
-
-
-@pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """No network, no data folder and an empty cache; holds the addresses that were asked for."""
-    asked: list[str] = []
-
-    def urlopen(request: object, *args: object, **kwargs: object) -> None:
-        asked.append(getattr(request, "full_url", request))
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    monkeypatch.delenv("PYROVAE_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return asked
 
 
 @pytest.fixture

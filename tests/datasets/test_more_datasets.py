@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import shutil
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -38,21 +37,6 @@ def real(name: str) -> Path:
     if not path.is_file():
         pytest.skip(f"{FILES[name]} is not below PYROVAE_DATA")
     return path
-
-
-@pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """No network, no data folder and an empty cache; holds the addresses that were asked for."""
-    asked: list[str] = []
-
-    def urlopen(request: object, *args: object, **kwargs: object) -> None:
-        asked.append(getattr(request, "full_url", request))
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    monkeypatch.delenv("PYROVAE_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return asked
 
 
 def sorted_rows(x: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,9 @@ class FirstCall(AutoGuide):
 
         def checked_init(site: dict[str, Any]) -> Tensor:
             self._check_latent(site)
-            if init_loc_fn is None and self._starts and site["name"] in self._starts:
-                return self._starts[site["name"]]
-            return (init_loc_fn or default)(site).clone()  # the parameter must not be the caller's own tensor
+            starts = self._starts if init_loc_fn is None and self._starts else {}
+            value = starts[site["name"]] if site["name"] in starts else (init_loc_fn or default)(site)
+            return value.clone()  # the parameter must not be the caller's own tensor
 
         super().__init__(model, init_loc_fn=checked_init, **kwargs)
         self._given = (model,)  # Pyro keeps it wrapped in the handler that sets starting values

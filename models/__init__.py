@@ -4,12 +4,13 @@ Deep latent-variable models: ``VAE`` (and ``SphericalVAE``, ``ConditionalVAE``, 
 ``HierarchicalVAE``, ``DRAW``, ``SigmoidBeliefNet``, and ``Autoencoder`` as their baseline. Statistical classics, each
 with an exact answer beside it: ``TwoBernoulli``, ``GaussianMixture``, ``BayesianLinearRegression``,
 ``LinearMixedModel``, ``EightSchools``, ``HierarchicalNormal``, ``GaussianProcess``, ``LinearGaussianStateSpace``,
-``StochasticVolatility``, ``GrowthModel`` and ``DeepKalmanFilter``.
+``StochasticVolatility``, ``GrowthModel`` and ``DeepKalmanFilter``. Bayesian neural networks: ``BNN``.
 """
 
 from __future__ import annotations
 
 from pyrovae.models.autoencoder import Autoencoder
+from pyrovae.models.bnn import BNN
 from pyrovae.models.conditional_vae import ConditionalVAE
 from pyrovae.models.draw import DRAW
 from pyrovae.models.eight_schools import EightSchools
@@ -31,6 +32,7 @@ from pyrovae.models.two_bernoulli import TwoBernoulli
 from pyrovae.models.vae import VAE
 
 __all__ = [
+    "BNN",
     "DRAW",
     "VAE",
     "Autoencoder",

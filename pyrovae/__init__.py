@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from pyrovae import datasets, distributions, evaluation, flows, guides, latent, models, plots, tabular
+from pyrovae.evaluation.prediction import Prediction, predict
 from pyrovae.objectives import (
     ELBO,
     IWAE,
@@ -41,6 +42,7 @@ __all__ = [
     "LinearWarmup",
     "LogWeights",
     "Objective",
+    "Prediction",
     "Renyi",
     "ReweightedWakeSleep",
     "Run",
@@ -57,5 +59,6 @@ __all__ = [
     "log_weights",
     "models",
     "plots",
+    "predict",
     "tabular",
 ]

@@ -282,17 +282,36 @@ def data_size(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int 
     Returns:
         The size, or ``None`` when there is no such plate.
     """
-    model_trace, _ = dry_run(model, guide, *args, **kwargs)
+    frame = _data_frame(dry_run(model, guide, *args, **kwargs)[0])
+    return None if frame is None else frame.full_size or frame.size
+
+
+def shared_latents(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[str]:
+    """Names of the model's latent sites that lie outside its data plate; none where there is no such plate."""
+    trace = dry_run(model, guide, *args, **kwargs)[0]
+    frame = _data_frame(trace)
+    latent = [site for site in sample_sites(trace).values() if not site["is_observed"]]
+    return [site["name"] for site in latent if frame is not None and frame not in site["cond_indep_stack"]]
+
+
+def _data_frame(model_trace: poutine.Trace) -> Any:
     observed = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
     named = [frame for site in observed for frame in site["cond_indep_stack"] if frame.name == "data"]
     frames = named[:1] or independent_frames(observed)
-    return (frames[0].full_size or frames[0].size) if len(frames) == 1 else None
+    return frames[0] if len(frames) == 1 else None
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     """The sample statements of a trace by name, without the subsampling of plates."""
     trace = prune_subsample_sites(trace)
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def is_real(support: Any) -> bool:
+    """Whether a distribution's support is the whole real line, in each element."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is torch.distributions.constraints.real
 
 
 def independent_frames(sites: list[Site]) -> list[Any]:

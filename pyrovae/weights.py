@@ -19,7 +19,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.errors import ModelGuideError, require_count
-from pyrovae.structure import Program, Site, check, independent_frames, sample_sites, say_plates
+from pyrovae.noise import Kind, Noise
+from pyrovae.structure import Program, Site, check, independent_frames, is_real, sample_sites, say_plates
 
 __all__ = ["LogWeights", "log_weights"]
 
@@ -156,6 +157,7 @@ def log_weights(
     particles: int = 1,
     through: Through = "both",
     kl: Literal["sampled", "analytic"] = "sampled",
+    noise: Kind | None = None,
     max_plate_nesting: int | None = None,
     **kwargs: Any,
 ) -> LogWeights:
@@ -175,6 +177,8 @@ def log_weights(
         kl: ``"analytic"`` replaces ``log q − log p`` of a latent site by ``KL(q ‖ p)`` where torch or Pyro
             registers one and where it is unbiased: every latent that precedes the site in the model must precede
             it in the guide too, and both must have the same scale and mask.
+        noise: where the model's linear and convolutional layers draw the noise of their weights: ``"local"`` or
+            ``"flipout"``, see :mod:`pyrovae.noise`; ``None`` for the weights themselves.
         max_plate_nesting: number of batch dimensions in use; when ``None``, model and guide are run once more
             to find it and to check that they fit (see :func:`check`).
         **kwargs: passed to both.
@@ -183,7 +187,8 @@ def log_weights(
         A :class:`LogWeights` whose tensors are `particles x *independent plates`.
 
     Raises:
-        ModelGuideError: model and guide do not fit each other (the message names the site).
+        ModelGuideError: model and guide do not fit each other (the message names the site), or ``noise`` finds no
+            latent site that it is defined for.
 
     Example:
         >>> import pyro.distributions as dist
@@ -216,8 +221,15 @@ def log_weights(
     path = PathGate()
     if through == "path":
         guide_trace = path.gated(guide_trace, batch_dims=max_plate_nesting + (particles > 1))
-    with particle_plate(), p:
+    posteriors = {_owner(name): fn for name, fn in q.found.items() if not _is_delta(fn)}
+    layers = Noise(noise, posteriors) if noise else contextlib.nullcontext()
+    with particle_plate(), p, layers:
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    if isinstance(layers, Noise) and not layers.mode.tracked:
+        raise ModelGuideError(
+            f"noise={noise!r} needs a latent site whose posterior is a factorized Gaussian with a closed-form KL to its"
+            " prior, and there is none: use MeanField(model) and a Normal or Laplace prior, or gradient='pathwise'"
+        )
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     if through == "path":
         with _held_fixed(_parameters(guide, guide_trace)), particle_plate():
@@ -337,10 +349,7 @@ def _drawn_as(name: str, guide: dict[str, Site], prior: Any) -> str | None:
     if name in guide and not _is_delta(guide[name]["fn"]):
         return name
     auxiliary = f"{name}_unconstrained"
-    support = prior.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return auxiliary if auxiliary in guide and support is torch.distributions.constraints.real else None
+    return auxiliary if auxiliary in guide and is_real(prior.support) else None
 
 
 def _is_delta(fn: Any) -> bool:

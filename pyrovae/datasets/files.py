@@ -163,7 +163,7 @@ def download(url: str, path: Path, expected: str) -> None:
     Args:
         url: where it is published.
         path: where it goes; folders are made as needed.
-        expected: its hexadecimal sha256.
+        expected: its hexadecimal sha256; empty where its content is checked afterwards.
 
     Raises:
         CorruptFileError: what was sent has another sha256.
@@ -173,7 +173,7 @@ def download(url: str, path: Path, expected: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, replacing(path) as file:
         found = _receive(response, file, path.name)
-        if found != expected:
+        if expected and found != expected:
             raise CorruptFileError(
                 f"{url} sent a file with sha256 {found}, expected {expected}; nothing was kept. "
                 f"Load again, or put the right file at {path}"
@@ -281,6 +281,8 @@ def unavailable(
         data set 'mnist' was not found below data, and the download to data failed (OSError: no route); \
 get its files from http://a.org, put them in data as MNIST/raw/a, or set PYROVAE_DATA to a folder that has them
     """
+    required = list(required)
+    listed = ", ".join(required[:8]) + (f" and {len(required) - 8} more" if len(required) > 8 else "")
     folders = " or ".join(str(folder) for folder in roots(root))
     target = download_root(root)
     reason = " ".join(str(cause).split())  # torchvision's has a line for each mirror
@@ -289,5 +291,5 @@ get its files from http://a.org, put them in data as MNIST/raw/a, or set PYROVAE
         tried = f"the download to {target} failed ({type(cause).__name__}: {reason})"
     return DataUnavailableError(
         f"data set {name!r} was not found below {folders}, and {tried}; get its files from {source}, "
-        f"put them in {target} as {', '.join(required)}, or set {VARIABLE} to a folder that has them"
+        f"put them in {target} as {listed}, or set {VARIABLE} to a folder that has them"
     )

@@ -138,10 +138,12 @@ def load(name: str | Path, *, binarization: str | None = None, root: str | Path 
         >>> bool(digits.train.x.max() == 1)
         True
     """
-    if name not in _ENTRIES and own_files.is_path(name):
+    if name not in _ENTRIES and own_files.is_path(name) and not str(name).startswith("uci/"):
         if root is not None:
             raise ArgumentError(f"root is {str(root)!r}, but {str(name)!r} is a path; leave root out")
         return own_files.from_name(name, binarization)
+    if str(name).startswith("uci/"):
+        raise ArgumentError(f"{str(name)!r} is a regression with splits of its own: datasets.uci({str(name)!r})")
     entry = _entry(name)
     if binarization is None:
         binarization = entry.default

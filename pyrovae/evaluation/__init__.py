@@ -10,6 +10,7 @@ from pyrovae.evaluation.importance import PSIS, pareto_smooth, psis
 from pyrovae.evaluation.latents import ActiveUnits, active_units, kl_per_dimension
 from pyrovae.evaluation.layers import LayerKL, kl_per_layer
 from pyrovae.evaluation.likelihood import LogLikelihood, effective_sample_size, log_likelihood
+from pyrovae.evaluation.prediction import Prediction, predict
 from pyrovae.evaluation.summary import Marginal, PosteriorSummary, posterior_summary
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LogLikelihood",
     "Marginal",
     "PosteriorSummary",
+    "Prediction",
     "active_units",
     "classify_features",
     "compare_guides",
@@ -37,6 +39,7 @@ __all__ = [
     "pareto_smooth",
     "posterior_samples",
     "posterior_summary",
+    "predict",
     "psis",
     "sbc",
 ]

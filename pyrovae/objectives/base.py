@@ -13,6 +13,7 @@ from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
 from pyrovae.errors import require_count
+from pyrovae.noise import Kind
 from pyrovae.structure import Program, Structure, check
 from pyrovae.weights import LogWeights, Through, log_weights
 
@@ -93,12 +94,12 @@ class Objective(PyroELBO):
         kwargs: dict[str, Any],
         through: Through,
         kl: Literal["sampled", "analytic"] = "sampled",
+        noise: Kind | None = None,
     ) -> LogWeights:
         """The log-weights of K particles; see :func:`pyrovae.log_weights`. Call :meth:`structure` first."""
         nesting = self.structure(model, guide, *args, **kwargs).max_plate_nesting
-        return log_weights(
-            model, guide, *args, particles=self.particles, through=through, kl=kl, max_plate_nesting=nesting, **kwargs
-        )
+        options: dict[str, Any] = {"through": through, "kl": kl, "noise": noise, "max_plate_nesting": nesting}
+        return log_weights(model, guide, *args, particles=self.particles, **options, **kwargs)
 
     def choose(self, structure: Structure) -> str | None:
         """The estimator that ``gradient="auto"`` stands for, with a model and guide of that structure."""

@@ -1,4 +1,4 @@
-"""The evidence lower bound, with reweighted KL terms and three gradient estimators."""
+"""The evidence lower bound, with reweighted KL terms and its gradient estimators."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from pyrovae.errors import ArgumentError, unknown_name
+from pyrovae.noise import Kind
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.schedules import LinearWarmup
 from pyrovae.objectives.scoring import check_scoring
@@ -18,11 +19,13 @@ from pyrovae.weights import LogWeights, Through
 
 __all__ = ["ELBO"]
 
-Gradient = Literal["auto", "pathwise", "stl", "score"]
+Gradient = Literal["auto", "pathwise", "stl", "score", "local", "flipout"]
 KL = Literal["sampled", "analytic"]
 Coefficient = float | LinearWarmup
 
 _ROUTES: dict[str, Through] = {"pathwise": "both", "stl": "path", "score": "parameters"}
+_ROUTES |= {"local": "both", "flipout": "both"}
+_NOISE: dict[str, Kind] = {"local": "local", "flipout": "flipout"}
 
 
 @OBJECTIVES.register
@@ -40,7 +43,10 @@ class ELBO(Objective):
         particles: number K of particles.
         gradient: ``"pathwise"`` (reparameterization); ``"stl"`` (sticking the landing: the guide's parameters are
             held fixed inside ``log q``, so that the variance vanishes where the guide equals the posterior);
-            ``"score"`` (REINFORCE, for any guide, discrete too, with a leave-one-out baseline when K > 1); ``"auto"``:
+            ``"score"`` (REINFORCE, for any guide, discrete too, with a leave-one-out baseline when K > 1);
+            ``"local"`` and ``"flipout"`` (pathwise, for the weights of a Bayesian network under a
+            :class:`~pyrovae.guides.MeanField` guide: the noise of each data point is its own, see
+            :mod:`pyrovae.noise`; with ``kl="analytic"``); ``"auto"``:
             sticking the landing where every site of the guide can be reparameterized (pathwise with a closed-form KL,
             or where a flow of the guide has no inverse or a sequential one), else the score function.
         kl: ``"sampled"`` (``log q − log p`` at the particles) or ``"analytic"`` (the closed form, at each site
@@ -57,7 +63,8 @@ class ELBO(Objective):
         Jordan et al. 1999, https://doi.org/10.1023/A:1007665907178; Kingma & Welling 2014,
         https://arxiv.org/abs/1312.6114; Roeder et al. 2017 (STL), https://arxiv.org/abs/1703.09194; Higgins et al.
         2017 (β), https://openreview.net/forum?id=Sy2fzU9gl; Kingma et al. 2016 (free bits),
-        https://arxiv.org/abs/1606.04934.
+        https://arxiv.org/abs/1606.04934; Kingma, Salimans & Welling 2015 (local), https://arxiv.org/abs/1506.02557; Wen
+        et al. 2018 (flipout), https://arxiv.org/abs/1803.04386.
 
     Example:
         >>> import pyro, torch
@@ -93,6 +100,11 @@ class ELBO(Objective):
                 "gradient='stl' is defined for kl='sampled' only (a closed-form KL has no sampled log q to hold"
                 " fixed). Use gradient='pathwise' with kl='analytic', or kl='sampled'."
             )
+        if gradient in _NOISE and kl == "sampled":
+            raise ArgumentError(
+                f"gradient={gradient!r} draws the outputs of layers apart from the weights, so that the KL of the"
+                " weights is to be the closed form: give kl='analytic' as well"
+            )
         self.gradient = gradient
         self.analytic = kl
         self.beta = _per_site("beta", beta, default=1.0)
@@ -119,7 +131,9 @@ class ELBO(Objective):
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Draws the particles once and returns the loss, the bound and its parts; see :class:`Objective`."""
         self.structure(model, guide, *args, **kwargs)
-        weights = self.weights(model, guide, args, kwargs, _ROUTES[str(self.estimator)], self.analytic)
+        estimator = str(self.estimator)
+        noise = _NOISE.get(estimator)
+        weights = self.weights(model, guide, args, kwargs, _ROUTES[estimator], self.analytic, noise)
 
         def total(per_particle: Tensor) -> Tensor:
             """Mean over the particles, sum over the data, scaled up from subsampled plates."""

@@ -15,10 +15,10 @@ from pyro.infer.elbo import ELBO as PyroELBO
 from torch.utils.data import DataLoader
 
 from pyrovae.devices import resolve_device
-from pyrovae.errors import ArgumentError, DataError, RunError, require_count, require_positive
+from pyrovae.errors import ArgumentError, DataError, ModelGuideError, RunError, require_count, require_positive
 from pyrovae.objectives import ELBO, Objective
 from pyrovae.registry import configuration
-from pyrovae.structure import Program, check, check_enumerated, data_size
+from pyrovae.structure import Program, check, check_enumerated, data_size, shared_latents
 from pyrovae.training import checkpoint
 from pyrovae.training.compiled import CompiledStep, check_compile
 from pyrovae.training.data import Batches, Data, batches
@@ -144,9 +144,12 @@ def fit(
         if validation is not None:
             size = None if isinstance(validation, DataLoader) else batch_size
             valid = batches(validation, size, place, None, "validation", likelihood)
+        if getattr(model, "num_data", 0) is None:
+            setattr(model, "num_data", train.size)  # noqa: B010  (a program need not have it)
         with untouched(model, guide):
             first = train.first()
             parameters, full_size = _look(model, guide, objective, first)
+            _check_scale(model, guide, first, full_size, train.size)
             optim = make_optimizer(optimizer, list(parameters.values()), lr)
             step = _step(
                 compile,
@@ -240,6 +243,23 @@ def _look(
     if not parameters:
         raise ArgumentError("model and guide have no parameters to learn: use nn.Parameter, PyroParam or pyro.param")
     return parameters, data_size(model, guide, *batch)
+
+
+def _check_scale(
+    model: Program, guide: Program, batch: tuple[torch.Tensor, ...], full_size: int | None, size: int
+) -> None:
+    """Where latents are shared by the data, a minibatch must count for all of them."""
+    points = len(batch[0])
+    if points >= size or full_size in (None, size):
+        return
+    shared = shared_latents(model, guide, *batch)
+    if shared:
+        raise ModelGuideError(
+            f"latent site {shared[0]!r} is shared by the data, and the model's data plate has {full_size} data points"
+            f" where there are {size}, in minibatches of {points}: its KL would count {-(-size // points)} times. Give"
+            f" the plate its full size, as in pyro.plate('data', {size}, subsample=torch.arange(len(x))), or all data"
+            f" at once: batch_size={size}"
+        )
 
 
 def _check_call(kind: str, program: Program, batch: tuple[torch.Tensor, ...]) -> None:

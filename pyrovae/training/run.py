@@ -110,6 +110,8 @@ def load(
     for program in (model, guide):
         if isinstance(program, torch.nn.Module):
             program.to(place)
+    if hasattr(model, "adopt_shapes"):  # buffers that take their shape from the data
+        model.adopt_shapes({name.removeprefix("model."): value.shape for name, value in saved.items()})
     parameters: dict[str, Tensor] = {}
     with local_params(model, guide):
         if example is not None:

@@ -80,12 +80,14 @@ CASES: dict[str, Case] = {
     "HierarchicalNormal": Case(
         lambda: models.HierarchicalNormal(groups=3), lambda size: (torch.arange(size) % 3,), whole=True
     ),
+    "BNN": Case(lambda: models.BNN([2, 8, 1]), lambda size: (torch.randn(size, 2),), whole=True),
     "LinearMixedModel": Case(lambda: models.LinearMixedModel(fixed=2, groups={"g": (4, 2)}), mixed, whole=True),
 }
 COMPILED_ELSEWHERE = ("VAE", "SphericalVAE", "SigmoidBeliefNet", "GrowthModel")
 """Those of tests/training and test_spherical_vae.py; GrowthModel's guide and loop are those of DeepKalmanFilter."""
-BY_INDUCTOR = ("DRAW", "HierarchicalVAE", "StochasticVolatility", "SemiSupervisedVAE", "Autoencoder")
-"""Recurrent, layered, by a custom operator, run under each class, without latents; the steps of others are traced."""
+BY_INDUCTOR = ("DRAW", "HierarchicalVAE", "StochasticVolatility", "SemiSupervisedVAE", "Autoencoder", "BNN")
+"""Recurrent, layered, by a custom operator, run under each class, without latents, with noise of layers; the steps of
+others are traced."""
 LABELLED = ("ConditionalVAE", "SemiSupervisedVAE")  # whose label comes after the data
 CASES |= {
     name: Case(lambda name=name: getattr(models, name)(data_shape=(5,), latent_dim=2, classes=3, hidden=(8,)))

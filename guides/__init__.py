@@ -3,7 +3,8 @@
 For latents shared by all data: ``MeanField``, ``FullRank``, ``FactorCovariance``, ``SparsePrecision``, ``Flow``,
 ``ASVI``, ``PointEstimate`` and ``Laplace``, each ``Guide(model)`` for any Pyro model. For latents of each data point:
 the ``Amortized…`` guides of the packaged models, ``BottomUp`` and ``Ladder`` of several layers, and ``amortize`` for
-a model and an encoder of one's own; ``refine`` and ``Refined`` improve on the encoder's proposal.
+a model and an encoder of one's own; ``refine`` and ``Refined`` improve on the encoder's proposal. For the weights of a
+``BNN``: all of the first kind, and ``network_laplace``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pyrovae.guides.draw import AmortizedDRAW
 from pyrovae.guides.flows import Flow
 from pyrovae.guides.gaussian import FactorCovariance, FullRank, MeanField
 from pyrovae.guides.hierarchical import BottomUp, Ladder
+from pyrovae.guides.network_laplace import NetworkGaussian, linearize, network_laplace
 from pyrovae.guides.own_model import AmortizedModel, amortize
 from pyrovae.guides.point import GaussianAtMode, Laplace, PointEstimate, WithoutPrior
 from pyrovae.guides.refinement import Refined, Refinement, refine
@@ -59,6 +61,7 @@ __all__ = [
     "Laplace",
     "LinearRegressionPosterior",
     "MeanField",
+    "NetworkGaussian",
     "PointEstimate",
     "Refined",
     "Refinement",
@@ -66,5 +69,7 @@ __all__ = [
     "WithoutPrior",
     "amortize",
     "coordinate_ascent",
+    "linearize",
+    "network_laplace",
     "refine",
 ]

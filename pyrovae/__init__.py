@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 from pyrovae import datasets, distributions, evaluation, flows, guides, latent, models, plots, tabular
 from pyrovae.evaluation.prediction import Prediction, predict
+from pyrovae.mcmc import Draws, nuts
 from pyrovae.objectives import (
     ELBO,
     IWAE,
@@ -37,6 +38,7 @@ __all__ = [
     "JVI",
     "SVI",
     "TVO",
+    "Draws",
     "EnumeratedELBO",
     "ForwardKL",
     "LinearWarmup",
@@ -58,6 +60,7 @@ __all__ = [
     "load",
     "log_weights",
     "models",
+    "nuts",
     "plots",
     "predict",
     "tabular",

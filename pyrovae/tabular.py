@@ -86,6 +86,20 @@ def _regression(roles: _Roles) -> _Made:
     return arguments, lambda model: (x, y), f"{y_name} on {', '.join(names)}"
 
 
+def _network(roles: _Roles) -> _Made:
+    """One hidden layer of 50, inputs and response standardised inside; logits where the response is 0 and 1."""
+    y_name, y, names = roles.explained()
+    x = roles.x(names)
+
+    def data(model: Any) -> tuple[Tensor, ...]:
+        model.standardize(x, y)
+        return x, y
+
+    likelihood = "bernoulli" if is_binary(y) else "normal"
+    arguments = {"net": [len(names), 50, 1], "likelihood": likelihood, "num_data": len(y)}
+    return arguments, data, f"{y_name} on {', '.join(names)}, {likelihood}"
+
+
 def _process(roles: _Roles) -> _Made:
     y_name, y, names = roles.explained()
     x = roles.x(names)
@@ -205,6 +219,7 @@ def _filter(roles: _Roles) -> _Made:
 
 TABULAR: dict[str, Callable[[_Roles], _Made]] = {
     "BayesianLinearRegression": _regression,
+    "BNN": _network,
     "GaussianProcess": _process,
     "GaussianMixture": _mixture,
     "TwoBernoulli": _pair,
@@ -235,7 +250,8 @@ def prepare(
 
     What a column is, by model:
 
-    - ``BayesianLinearRegression``, ``GaussianProcess``: ``response`` on ``inputs`` (the process: centred).
+    - ``BayesianLinearRegression``, ``BNN``, ``GaussianProcess``: ``response`` on ``inputs`` (the process: centred; the
+      network: one hidden layer of 50, standardised inside, with logits where the response is 0 and 1).
     - ``LinearMixedModel``: the same with effects by ``groups``: ``"Subject"`` for intercepts, ``"Subject:Days"`` for
       intercepts and slopes of ``Days``. Priors are in units of the response's standard deviation.
     - ``HierarchicalNormal``: ``response`` by one of ``groups``; its noise is the spread within groups.

@@ -73,7 +73,8 @@ RECORDS = {
     *("PSIS", "SBC", "Gaps", "GuideComparison", "GuideRow", "Refinement"),
     *("GaussianMixturePosterior", "LinearRegressionPosterior", "MixtureEstimate", "EvidenceMaximum", "MixedModelFit"),
     *("FeatureAccuracies", "FeatureAccuracy", "LayerKL", "Neighbours"),
-    *("Marginal", "PosteriorSummary"),
+    *("Marginal", "PosteriorSummary", "Regression", "RegressionScores", "ClassificationScores", "Reliability"),
+    *("OutOfDistribution", "RiskCoverage"),
 }
 
 

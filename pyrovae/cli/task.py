@@ -95,6 +95,8 @@ def task_for(
     series = name in tabular.SERIES and data.lower().endswith((".npy", ".npz"))
     if labels is not None and name != "SemiSupervisedVAE":
         raise ArgumentError(f"--labels is {labels}, but {name} has no labels that may be missing; leave it out")
+    if name == "BNN" and data in datasets.names():
+        return _classifier(name, data, given, binarization)
     if name in tabular.TABULAR and not series:
         if binarization is not None:
             raise ArgumentError(f"--binarization is {binarization!r}, but {name} is of a table; leave it out")
@@ -125,12 +127,37 @@ def _table(data: str, name: str) -> Table:
 
     if data in datasets.tables() or data.lower().endswith(".csv"):
         return datasets.table(data)
+    if data.removeprefix("uci/") in datasets.uci_names():
+        return _regression(data)
     if data.lower().endswith(".npy"):
         return _array(Path(data).expanduser())
     raise ArgumentError(
-        f"--data is {data!r}, but {name} is of a table: give one of {', '.join(datasets.tables())}, the path of a .csv"
+        f"--data is {data!r}, but {name} is of a table: give one of {', '.join(datasets.tables())}, one of"
+        f" {', '.join(f'uci/{each}' for each in datasets.uci_names())} (the training part of split 0), the path of a .csv"
         " whose first line names the columns, or of a .npy with a row each data point (columns x1, x2, …)"
     )
+
+
+def _regression(data: str) -> Table:
+    """The training part of the first standard split: columns x1, x2, … and y."""
+    from pyrovae import datasets
+
+    (x, y), _ = datasets.uci(data).split(0)
+    return datasets.Table(data, {**{f"x{number}": column for number, column in enumerate(x.T, start=1)}, "y": y})
+
+
+def _classifier(name: str, data: str, given: dict[str, Any], binarization: str | None) -> Task:
+    """A network from images to classes: one hidden layer of 200 unless ``net`` says otherwise."""
+    from pyrovae import datasets, registry
+    from pyrovae.errors import ArgumentError
+
+    splits = datasets.load(data, binarization=binarization or "none")
+    if not splits.classes:
+        raise ArgumentError(f"--data is {data!r}, which has no labels, and {name} is to give the class; try mnist")
+    _require_arguments(name, given)
+    net = [splits.event_shape.numel(), 200, len(splits.classes)]
+    model = registry.MODELS.build(described(name, **({"net": net, "likelihood": "categorical"} | given)))
+    return Task(model, splits.train.labelled(), splits.validation.labelled())
 
 
 def _array(path: Path) -> Table:

@@ -11,12 +11,27 @@ from pyrovae.evaluation.latents import ActiveUnits, active_units, kl_per_dimensi
 from pyrovae.evaluation.layers import LayerKL, kl_per_layer
 from pyrovae.evaluation.likelihood import LogLikelihood, effective_sample_size, log_likelihood
 from pyrovae.evaluation.prediction import Prediction, predict
+from pyrovae.evaluation.predictive import (
+    ClassificationScores,
+    RegressionScores,
+    Reliability,
+    classification_scores,
+    regression_scores,
+)
 from pyrovae.evaluation.summary import Marginal, PosteriorSummary, posterior_summary
+from pyrovae.evaluation.uncertainty import (
+    OutOfDistribution,
+    RiskCoverage,
+    function_r_hat,
+    out_of_distribution,
+    risk_coverage,
+)
 
 __all__ = [
     "PSIS",
     "SBC",
     "ActiveUnits",
+    "ClassificationScores",
     "FeatureAccuracies",
     "FeatureAccuracy",
     "Gaps",
@@ -25,21 +40,30 @@ __all__ = [
     "LayerKL",
     "LogLikelihood",
     "Marginal",
+    "OutOfDistribution",
     "PosteriorSummary",
     "Prediction",
+    "RegressionScores",
+    "Reliability",
+    "RiskCoverage",
     "active_units",
+    "classification_scores",
     "classify_features",
     "compare_guides",
     "effective_sample_size",
+    "function_r_hat",
     "gaps",
     "kl_per_dimension",
     "kl_per_layer",
     "local_parameters",
     "log_likelihood",
+    "out_of_distribution",
     "pareto_smooth",
     "posterior_samples",
     "posterior_summary",
     "predict",
     "psis",
+    "regression_scores",
+    "risk_coverage",
     "sbc",
 ]

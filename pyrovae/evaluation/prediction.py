@@ -144,7 +144,7 @@ class Prediction:
         self._numeric("cdf")
         return self._component_cdf(y).mean(0)
 
-    def quantile(self, level: float | Tensor) -> Tensor:
+    def quantile(self, level: float) -> Tensor:
         """The y at which the CDF reaches a level in (0, 1), by bisection."""
         self._numeric("quantile")
         spread = 50.0 * self.components.stddev.amax(0)

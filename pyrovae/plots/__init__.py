@@ -19,6 +19,7 @@ from pyrovae.plots.latent_tools import (
     neighbours,
 )
 from pyrovae.plots.posterior import contour_panels, ecdf_difference, posterior_contours, rank_histogram
+from pyrovae.plots.predictive import pit_histogram, predictive_band, reliability_diagram, risk_coverage_curve
 from pyrovae.plots.report import report
 from pyrovae.plots.scatter import latent_scatter
 
@@ -40,9 +41,13 @@ __all__ = [
     "learning_curves",
     "manifold",
     "neighbours",
+    "pit_histogram",
     "posterior_contours",
+    "predictive_band",
     "rank_histogram",
     "reconstructions",
+    "reliability_diagram",
     "report",
+    "risk_coverage_curve",
     "samples",
 ]

@@ -33,6 +33,7 @@ def table(tmp_path: Path) -> Path:
 
 
 COLUMNS: dict[str, dict[str, Any]] = {
+    "BNN": {"response": "y", "inputs": ["a", "b"]},
     "BayesianLinearRegression": {"response": "y", "inputs": ["a", "b"]},
     "GaussianProcess": {"response": "y", "inputs": ["a", "b"]},
     "GaussianMixture": {"inputs": ["a", "b"]},

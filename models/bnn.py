@@ -208,6 +208,11 @@ class BNN(PyroModule):
         """The number of data points, after x and y are checked."""
         if self.own_data and (x.dim() < 2 or x.shape[1] != self.members):
             raise DataError(f"x has shape {tuple(x.shape)}; with own_data it must be (n, {self.members}, …)")
+        columns = self.x_loc.shape[self.own_data :]
+        if columns and x.shape[-1] != columns[-1] and columns[-1] > 1:
+            raise DataError(
+                f"x has shape {tuple(x.shape)}; this model was standardised to inputs of {columns[-1]} columns"
+            )
         wanted = (len(x), self.members) if self.own_data else (len(x),)
         if y is not None and tuple(y.shape) != wanted:
             raise DataError(f"y has shape {tuple(y.shape)}; for these x it must be {wanted}, one number a data point")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pyrovae.cli.measure import as_rows, measure
+from pyrovae.cli.network import is_network, network_scores
 from pyrovae.cli.shared import (
     Compile,
     Device,
@@ -64,6 +65,8 @@ def evaluate(
 ) -> None:
     """Print a run's log-likelihood in nats per data point, and how its latent space is used.
 
+    Of a Bayesian network (BNN): the scores of its predictions, with 200 posterior draws.
+
     The log-likelihood is importance-sampled with the guide as the proposal: in
     expectation a lower bound, which rises to the exact value with the number of
     particles. Trust it where the effective sample size is far above 1.
@@ -74,6 +77,11 @@ def evaluate(
 
     pyrovae evaluate runs/mnist --split validation --particles 500 --json
     """
+    if is_network(run_dir):
+        kept = None if which is None else which.value
+        scores, text = network_scores(run_dir, data, split.value, which=kept, seed=seed, device=device)
+        emit({"run_dir": run_dir, "split": split.value, **scores}, [f"{run_dir}: BNN on {text}"], json)
+        return
     run = open_run(run_dir, which, device)
     splits = data_of(run, data, binarization)
     chosen = getattr(splits, split.value)

@@ -84,11 +84,17 @@ def open_run(folder: Path, which: Which | None = None, device: str = "cpu") -> R
         ArgumentError: the device is unknown or not there.
     """
     import pyrovae
+    from pyrovae.cli.network import is_network
     from pyrovae.errors import RunError
 
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise RunError(f"{folder} {problem}; give the folder of a run, as pyrovae train printed it")
+    if is_network(folder):
+        raise RunError(
+            f"{folder} is a run of a BNN, which has no latent space to sample or draw; score its predictions with"
+            f" pyrovae evaluate {folder}"
+        )
     return pyrovae.load(folder, which=None if which is None else which.value, device=device)
 
 

@@ -133,8 +133,8 @@ def _table(data: str, name: str) -> Table:
         return _array(Path(data).expanduser())
     raise ArgumentError(
         f"--data is {data!r}, but {name} is of a table: give one of {', '.join(datasets.tables())}, one of"
-        f" {', '.join(f'uci/{each}' for each in datasets.uci_names())} (the training part of split 0), the path of a .csv"
-        " whose first line names the columns, or of a .npy with a row each data point (columns x1, x2, …)"
+        f" {', '.join(f'uci/{each}' for each in datasets.uci_names())} (the training part of split 0), the path of a"
+        " .csv whose first line names the columns, or of a .npy with a row each data point (columns x1, x2, …)"
     )
 
 

@@ -208,6 +208,7 @@ def predict(
     *inputs: Tensor,
     samples: int = 100,
     batch_size: int = _ROWS,
+    data: tuple[Tensor, ...] | None = None,
     dropout: bool = False,
     seed: int = 0,
 ) -> Prediction:
@@ -219,11 +220,13 @@ def predict(
 
     Args:
         model: Pyro model, called with the inputs and without the response.
-        posterior: a guide (called with the inputs; its latents must not depend on them), or draws by site, each
-            `samples x …` in the shape of the site's value, as NUTS gives them.
+        posterior: a guide whose latents are shared by the data, or draws by site, each `samples x …` in the shape of
+            the site's value, as NUTS gives them.
         *inputs: with the data points along the first dimension.
         samples: number S of posterior draws; of given draws all are used.
         batch_size: data points at a time.
+        data: what the guide is called with, where it runs the model itself (``ASVI``) and so has to see the response:
+            the data that it was fitted to; ``None`` for the first of the inputs.
         dropout: whether dropout layers stay on, anew for each draw (MC dropout).
         seed: of the draws.
 
@@ -256,25 +259,29 @@ def predict(
         poutine.block(),
         _dropping_out(model) if dropout else contextlib.nullcontext(),
     ):
-        nesting, latents = _survey(model, posterior, tuple(part[:1] for part in inputs))
+        first = tuple(part[:1] for part in inputs)
+        given = first if data is None else data
+        nesting, latents = _survey(model, posterior, first, given)
         batches = [
             tuple(part[start : start + batch_size] for part in inputs) for start in range(0, len(inputs[0]), batch_size)
         ]
         parts = [
             _concatenated([_response(model, draws, batch, nesting) for batch in batches], rows=True)
-            for draws in _draws(posterior, samples, nesting, latents, inputs)
+            for draws in _draws(posterior, samples, nesting, latents, given)
         ]
     return _concatenated(parts, rows=False)
 
 
-def _survey(model: Program, posterior: Posterior, inputs: tuple[Tensor, ...]) -> tuple[int, dict[str, int]]:
+def _survey(
+    model: Program, posterior: Posterior, inputs: tuple[Tensor, ...], data: tuple[Tensor, ...]
+) -> tuple[int, dict[str, int]]:
     """Number of plates around the deepest site, and the number of batch dimensions of each latent site."""
     given: dict[str, Tensor] = {}
     frames: list[Any] = []
     if callable(posterior):
         with local_params(posterior):
-            trace = poutine.trace(posterior).get_trace(*inputs)
-        sites = sample_sites(trace)
+            trace = poutine.trace(posterior).get_trace(*data)
+        sites = {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
         given = {name: site["value"] for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
         frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
     else:
@@ -290,7 +297,7 @@ def _survey(model: Program, posterior: Posterior, inputs: tuple[Tensor, ...]) ->
 
 
 def _draws(
-    posterior: Posterior, samples: int, nesting: int, latents: dict[str, int], inputs: tuple[Tensor, ...]
+    posterior: Posterior, samples: int, nesting: int, latents: dict[str, int], data: tuple[Tensor, ...]
 ) -> Iterator[dict[str, Tensor]]:
     """Values of the latents, `draws x …` with all batch dimensions there, in chunks that fit in memory."""
     if not callable(posterior):
@@ -303,13 +310,12 @@ def _draws(
         for start in range(0, count, size):
             yield {name: value[start : start + size] for name, value in whole.items()}
         return
-    first = tuple(part[:1] for part in inputs)
     with local_params(posterior):
-        one = sample_sites(poutine.trace(posterior).get_trace(*first))
+        one = sample_sites(poutine.trace(posterior).get_trace(*data))
     size = _chunk(sum(site["value"].numel() for site in one.values()))
     for start in range(0, samples, size):
         with local_params(posterior), pyro.plate("samples", min(size, samples - start), dim=-nesting - 1):
-            sites = sample_sites(poutine.trace(posterior).get_trace(*first))
+            sites = sample_sites(poutine.trace(posterior).get_trace(*data))
         yield {name: sites[name]["value"] for name in latents}
 
 

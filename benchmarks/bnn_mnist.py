@@ -67,13 +67,19 @@ METHODS = {
         lambda width: classifier(network(width)), PointEstimate, {}, samples=1, published="1.83, 1.84, 1.88 (SGD)"
     ),
     "mean-field": Method(
-        lambda width: classifier(network(width), {"name": "normal", "scale": 0.1}),
+        lambda width: classifier(network(width)),
         lambda model: MeanField(model, init_scale=0.01),
         LOCAL,
         published="1.82, 1.99, 2.04 (Gaussian prior)",
     ),
+    "mean-field-narrow": Method(  # it starts so narrow that it stays near a point estimate
+        lambda width: classifier(network(width)),
+        lambda model: MeanField(model, init_scale=0.001),
+        LOCAL,
+        published="1.82, 1.99, 2.04 (Gaussian prior)",
+    ),
     "scale-mixture": Method(
-        lambda width: classifier(network(width), {"name": "scale-mixture", "scale": 0.3, "ratio": 0.1}),
+        lambda width: classifier(network(width), "scale-mixture"),
         lambda model: MeanField(model, init_scale=0.01),
         {},
         published="1.36, 1.34, 1.32 (scale mixture)",

@@ -7,9 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import pyrovae
 from pyrovae.errors import ArgumentError, ModelGuideError
+from pyrovae.guides import FullRank
 from pyrovae.mcmc import Draws, nuts
 from pyrovae.models.bnn import BNN
 
@@ -136,3 +138,37 @@ def test_bad_input():
         nuts(lambda: pyro.sample("z", dist.Normal(0.0, 1.0), obs=torch.zeros(())))
     with pytest.raises(ModelGuideError, match="not finite where the chain starts"):
         nuts(model, x, y * torch.nan, **QUIET)
+
+
+@pytest.mark.slow
+def test_the_last_layer_of_a_network_has_its_exact_predictions():
+    """Given the hidden layer, the last one is a linear regression on its features, whose posterior is known."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 1)
+    sigma, net = 0.3, nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+    y = torch.sin(2 * x[:, 0]) + sigma * torch.randn(30)
+    model = BNN(net, likelihood={"name": "normal", "scale": sigma}, bayesian="last")
+    new = torch.linspace(-2, 2, 7)[:, None]
+
+    def features(inputs):
+        return torch.cat([net[:2](inputs), torch.ones(len(inputs), 1)], 1).detach()
+
+    H = features(x)
+    precision = H.mT @ H / sigma**2 + torch.eye(4)
+    exact = torch.distributions.MultivariateNormal(
+        torch.linalg.solve(precision, H.mT @ y / sigma**2), precision_matrix=precision
+    )
+    at = features(new)
+    mean, spread = at @ exact.mean, (at @ exact.covariance_matrix * at).sum(-1)
+    draws = nuts(model, x, y, warmup=150, samples=300, chains=1, progress=False)
+    by_nuts = pyrovae.predict(model, draws, new)
+    guide = FullRank(model)
+    objective = pyrovae.ELBO(particles=8, gradient="stl")
+    fit = {"epochs": 2000, "batch_size": 30, "lr": 0.03, "schedule": "cosine", "compile": False, "progress": False}
+    model.requires_grad_(False)  # the hidden layer is not to be learned here
+    pyrovae.fit(model, guide, (x, y), objective=objective, **fit)
+    by_guide = pyrovae.predict(model, guide, new, samples=4000)
+    # NUTS has an effective sample size of 100 at least, the guide 4000 independent draws: five standard errors each.
+    for found, size in ((by_nuts, 100), (by_guide, 4000)):
+        assert ((found.mean - mean) / (spread / size).sqrt()).abs().max() < 5
+        assert (found.epistemic / spread - 1).abs().max() < 5 * (2 / size) ** 0.5

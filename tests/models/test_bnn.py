@@ -193,7 +193,7 @@ def test_linear_network_has_the_exact_posterior() -> None:
     model = BNN([2, 1], likelihood={"name": "normal", "scale": sigma})
     guide = FullRank(model)
     pyrovae.fit(
-        model, guide, (x, y), objective=pyrovae.ELBO(gradient="stl", particles=8), epochs=3000, batch_size=60, lr=0.03,
+        model, guide, (x, y), objective=pyrovae.ELBO(gradient="stl", particles=8), epochs=2000, batch_size=60, lr=0.03,
         schedule="cosine", compile=False, progress=False,
     )  # fmt: skip
     X = torch.cat([x, torch.ones(60, 1)], 1)

@@ -133,6 +133,7 @@ def test_every_plot_is_under_contract() -> None:
     elsewhere = {"contour_panels", "ecdf_difference", "posterior_contours", "rank_histogram"}  # test_posterior.py
     elsewhere |= {"analogies", "attribute_slider", "attribute_strip", "interpolation_strips", "neighbours"}
     elsewhere |= {"canvas_animation", "canvas_steps", "forecast_bands"}  # test_canvas.py, test_forecast.py
+    elsewhere |= {"pit_histogram", "predictive_band", "reliability_diagram", "risk_coverage_curve"}  # of predictions
     elsewhere |= {"class_grid"}  # of a model of labelled data, below
     assert set(DRAW) | {"report"} | elsewhere == set(plots.__all__)
 

@@ -31,7 +31,7 @@ SIZES: dict[str, tuple[list[int], int]] = {
 }
 
 
-def by_pyro(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Callable[[], None]:
+def by_pyro(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Callable[[], object]:
     """Priors for each parameter, as Pyro's tutorial on Bayesian regression has them."""
     net = _mlp(widths)
     to_pyro_module_(net)
@@ -47,14 +47,10 @@ def by_pyro(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Call
 
     svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": RATE}), Trace_ELBO(num_particles=particles))
 
-    def run() -> None:
-        for _ in range(STEPS):
-            svi.step(x, y)
-
-    return run
+    return lambda: [svi.step(x, y) for _ in range(STEPS)]
 
 
-def by_pyrovae(widths: Sequence[int], particles: int, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], None]:
+def by_pyrovae(widths: Sequence[int], particles: int, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], object]:
     """One flat site; the same pathwise estimator."""
     model = BNN(_mlp(widths), likelihood={"name": "normal", "scale": NOISE})
     loss = pyrovae.ELBO(particles, gradient="pathwise")
@@ -64,14 +60,10 @@ def by_pyrovae(widths: Sequence[int], particles: int, x: Tensor, y: Tensor, comp
         return lambda: svi.steps(STEPS, x, y)
     plain = SVI(model, MeanField(model), optimizer, loss)
 
-    def run() -> None:
-        for _ in range(STEPS):
-            plain.step(x, y)
-
-    return run
+    return lambda: [plain.step(x, y) for _ in range(STEPS)]
 
 
-def by_hand(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Callable[[], None]:
+def by_hand(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Callable[[], object]:
     """Mean-field in PyTorch: batched products over the particles, one fused Adam."""
     shapes = [shape for a, b in itertools.pairwise(widths) for shape in ((b, a), (b,))]
     start = nn.utils.parameters_to_vector(_mlp(widths).parameters()).detach()
@@ -79,7 +71,7 @@ def by_hand(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Call
     optimizer = torch.optim.Adam([loc, raw], lr=RATE, fused=True)
     sizes = [torch.Size(shape).numel() for shape in shapes]
 
-    def step() -> None:
+    def step() -> Tensor:
         scale = nn.functional.softplus(raw)
         w = loc + scale * torch.randn(particles, len(start))
         parts = [part.view(particles, *shape) for part, shape in zip(w.split(sizes, -1), shapes, strict=True)]
@@ -93,12 +85,9 @@ def by_hand(widths: Sequence[int], particles: int, x: Tensor, y: Tensor) -> Call
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
-    def run() -> None:
-        for _ in range(STEPS):
-            step()
-
-    return run
+    return lambda: [step() for _ in range(STEPS)]
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -17,7 +17,7 @@ from torch.func import jvp, vmap
 
 from pyrovae.errors import ArgumentError, DataError, ModelGuideError, require_count, unknown_name
 from pyrovae.guides.curvature import STRUCTURES, information
-from pyrovae.guides.point import Laplace, PointEstimate
+from pyrovae.guides.point import AT_MODE, Laplace, PointEstimate, warn_off_mode
 from pyrovae.models.bnn import BNN
 from pyrovae.modes import evaluating
 from pyrovae.training.programs import local_params
@@ -27,7 +27,6 @@ __all__ = ["NetworkGaussian", "linearize", "network_laplace"]
 Mode = PointEstimate | Laplace | Tensor
 Structure = Literal["full", "kronecker", "diagonal"]
 
-_AT_MODE = 0.01  # nats a weight by which the quadratic model of the log density may still rise before a warning
 _NUMBERS = 20_000_000  # of a Jacobian, at a time
 
 
@@ -120,7 +119,8 @@ def network_laplace(
         posterior.covariance.close(precision)
         posterior.loc.copy_(loc)
         posterior.log_joint.copy_(log_joint)
-    _warn_off_mode(posterior, gradient)
+        rise = float(posterior.covariance.whitened(gradient).square().sum()) / 2  # by a Newton step
+    warn_off_mode(rise, AT_MODE * len(loc), f"before network_laplace() (it has {len(loc)} weights)")
     return posterior
 
 
@@ -290,15 +290,3 @@ def _product(first: Tensor, loc: Tensor, vector: Tensor) -> Tensor:
     if not first.requires_grad:
         return torch.zeros_like(loc)
     return grad(first, loc, vector, retain_graph=True, materialize_grads=True)[0]
-
-
-def _warn_off_mode(posterior: NetworkGaussian, gradient: Tensor) -> None:
-    """Compares the log density with what a Newton step, of half the squared length of Lᵀ gradient, would make it."""
-    with torch.no_grad():
-        rise = float(posterior.covariance.whitened(gradient).square().sum()) / 2
-    if rise > _AT_MODE * len(gradient):
-        warnings.warn(
-            f"the point is not the mode yet: a Newton step raises the log density by about {rise:.3g} nats, with"
-            f" {len(gradient)} weights. Fit on, with a smaller learning rate, before network_laplace().",
-            stacklevel=3,
-        )

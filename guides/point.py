@@ -20,7 +20,7 @@ __all__ = ["GaussianAtMode", "Laplace", "PointEstimate", "WithoutPrior"]
 
 Kind = Literal["map", "mle"]
 
-_AT_MODE = 0.01  # nats by which the quadratic model of the log density may still rise before a warning
+AT_MODE = 0.01  # nats by which the quadratic model of the log density may still rise before a warning
 
 
 class WithoutPrior(PyroModule):
@@ -201,12 +201,7 @@ class Laplace(FirstCall, AutoLaplaceApproximation):
             )
         step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
         rise = float(gradient @ step) / 2
-        if rise > _AT_MODE:
-            warnings.warn(
-                f"the point is not the mode yet: a Newton step raises the log density by about {rise:.3g} nats. Fit"
-                " on, with a smaller learning rate, before approximation().",
-                stacklevel=2,
-            )
+        warn_off_mode(rise, AT_MODE, "before approximation()")
         gaussian = GaussianAtMode(self._given[0])
         gaussian._setup_prototype(*args, **kwargs)
         with torch.no_grad():
@@ -215,6 +210,16 @@ class Laplace(FirstCall, AutoLaplaceApproximation):
         return gaussian
 
     laplace_approximation = approximation  # Pyro's name for it
+
+
+def warn_off_mode(rise: float, allowed: float, before: str) -> None:
+    """Warns the caller's caller where a Newton step would raise the log density by more nats than are allowed."""
+    if rise > allowed:
+        warnings.warn(
+            f"the point is not the mode yet: a Newton step raises the log density by about {rise:.3g} nats. Fit on,"
+            f" with a smaller learning rate, {before}.",
+            stacklevel=3,
+        )
 
 
 class GaussianAtMode(FirstCall, AutoContinuous):

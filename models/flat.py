@@ -149,7 +149,7 @@ class FlatNetwork(nn.Module):
         )
 
         def one(parts: tuple[Tensor | None, ...], inputs: Tensor) -> Tensor:
-            return self._over(parts, inputs, own_inputs and not inner)
+            return self._over(parts, inputs, own_inputs)
 
         if self.vectorized:
             with warnings.catch_warnings():

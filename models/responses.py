@@ -12,7 +12,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyrovae.errors import ArgumentError, require_positive, unknown_name
+from pyrovae.errors import ArgumentError, require_positive
+from pyrovae.registry import named
 
 __all__ = ["RESPONSES", "Response", "response"]
 
@@ -165,11 +166,5 @@ def response(given: str | Mapping[str, Any], members: int | None = None) -> Resp
         >>> response({"name": "normal", "scale": 0.1})(torch.zeros(3), torch.tensor(5.0), torch.tensor(2.0)).mean
         tensor([5., 5., 5.])
     """
-    options = {"name": given} if isinstance(given, str) else dict(given)
-    name = options.pop("name", None)
-    if name not in RESPONSES:
-        raise unknown_name("likelihood", name, RESPONSES)
-    try:
-        return RESPONSES[name](members=members, **options)
-    except TypeError as error:
-        raise ArgumentError(f"likelihood {name!r} was given {options!r}: {error}") from error
+    made: Response = named("likelihood", given, RESPONSES, members=members)
+    return made

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import ArgumentError, require_positive, unknown_name
 from pyrovae.models.flat import Block
+from pyrovae.registry import named
 
 __all__ = ["PRIORS", "BlockPrior", "WeightPrior", "weight_prior"]
 
@@ -240,14 +241,8 @@ def weight_prior(
     """
     if callable(given):
         return _ByBlock(blocks, given)
-    options = {"name": given} if isinstance(given, str) else dict(given)
-    name = options.pop("name", None)
-    if name not in PRIORS:
-        raise unknown_name("prior", name, PRIORS)
-    try:
-        return PRIORS[name](blocks, members=members, **options)
-    except TypeError as error:
-        raise ArgumentError(f"prior {name!r} was given {options!r}: {error}") from error
+    prior: WeightPrior = named("prior", given, PRIORS, blocks, members=members)
+    return prior
 
 
 def _scales(blocks: Sequence[Block], scale: Scale) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pyrovae.errors import ArgumentError, unknown_name
 
-__all__ = ["GUIDES", "MODELS", "OBJECTIVES", "SCHEDULES", "Registry", "configuration"]
+__all__ = ["GUIDES", "MODELS", "OBJECTIVES", "SCHEDULES", "Registry", "configuration", "named"]
 
 Factory = TypeVar("Factory", bound=type)
 
@@ -94,6 +94,33 @@ MODELS = Registry("model")
 GUIDES = Registry("guide")
 OBJECTIVES = Registry("objective")
 SCHEDULES = Registry("schedule")
+
+
+def named(kind: str, given: str | Mapping[str, Any], classes: Mapping[str, Any], *args: Any, **more: Any) -> Any:
+    """An instance of one of some classes, by its name or by a dictionary of a ``"name"`` and options.
+
+    Args:
+        kind: what the classes are, as a reader would say it.
+        given: what the user gave.
+        classes: by name.
+        *args: of each class.
+        **more: likewise.
+
+    Raises:
+        ArgumentError: the name is unknown, or the options do not fit its class.
+
+    Example:
+        >>> named("number", {"name": "whole", "base": 2}, {"whole": int, "real": float}, "101")
+        5
+    """
+    options = {"name": given} if isinstance(given, str) else dict(given)
+    name: Any = options.pop("name", None)
+    if name not in classes:
+        raise unknown_name(kind, name, classes)
+    try:
+        return classes[name](*args, **more, **options)
+    except TypeError as error:
+        raise ArgumentError(f"{kind} {name!r} was given {options!r}: {error}") from error
 
 
 def configuration(thing: Any) -> dict[str, Any] | None:

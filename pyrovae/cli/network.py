@@ -61,6 +61,7 @@ def network_scores(
 def _held_out(folder: Path, name: str | None, split: str) -> tuple[Tensor, Tensor, str]:
     """Inputs, targets, and what they are."""
     from pyrovae import datasets, tabular
+    from pyrovae.cli.task import table_of
     from pyrovae.errors import ArgumentError
 
     if name is None:
@@ -68,14 +69,15 @@ def _held_out(folder: Path, name: str | None, split: str) -> tuple[Tensor, Tenso
             f"the run in {folder} does not name its data; give --data uci/boston (or another of its kind), a table, or"
             " a data set with labels"
         )
-    if name.startswith("uci/"):
+    if name.removeprefix("uci/") in datasets.uci_names():
         train, test = datasets.uci(name).split(0)
         if split == "validation":
             raise ArgumentError(f"--split is validation, and {name} has training and test parts; give train or test")
         return *(train if split == "train" else test), f"{name}, split 0, {split} part"
-    if name in datasets.tables() or name.lower().endswith(".csv"):
-        x, y = tabular.prepare("BNN", datasets.table(name)).data
-        return x, y, f"{name}, all rows"
+    if name not in datasets.names():
+        prepared = tabular.prepare("BNN", table_of(name, "BNN"))
+        x, y = prepared.data
+        return x, y, f"{name}, all rows, {prepared.used}"
     splits = datasets.load(name, binarization="none")
     if not splits.classes:
         raise ArgumentError(f"--data is {name!r}, which has no labels to score predictions by")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyrovae.datasets import Splits, Table
     from pyrovae.training.data import Data
 
-__all__ = ["FLAGS", "Task", "arguments_of", "described", "model_for", "option", "task_for", "widths"]
+__all__ = ["FLAGS", "Task", "arguments_of", "described", "model_for", "option", "table_of", "task_for", "widths"]
 
 FLAGS = ("latent_dim", "layers", "hidden", "activation", "likelihood", "prior", "network")  # of train, for models
 
@@ -103,7 +103,7 @@ def task_for(
         _require_arguments(name, given)
         inputs = None if columns.inputs is None else [name.strip() for name in columns.inputs.split(",")]
         prepared = tabular.prepare(
-            name, _table(data, name), response=columns.response, inputs=inputs, groups=columns.groups, **given
+            name, table_of(data, name), response=columns.response, inputs=inputs, groups=columns.groups, **given
         )
         return Task(prepared.model, prepared.data, used=prepared.used)
     if columns.given:
@@ -120,7 +120,7 @@ def task_for(
     return Task(model, splits.train, splits.validation)
 
 
-def _table(data: str, name: str) -> Table:
+def table_of(data: str, name: str) -> Table:
     """A table by name, or from a file with named columns or an array of numbers."""
     from pyrovae import datasets
     from pyrovae.errors import ArgumentError

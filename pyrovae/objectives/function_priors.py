@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrovae.errors import ArgumentError, ModelGuideError, require_positive, unknown_name
+from pyrovae.errors import ArgumentError, ModelGuideError, require_positive
+from pyrovae.registry import named
 from pyrovae.structure import Program
 
 __all__ = ["KERNELS", "GaussianProcessPrior", "Kernel", "fit_prior", "require_network"]
@@ -125,7 +126,7 @@ class GaussianProcessPrior(nn.Module):
         each = [kernels] if isinstance(kernels, str | Mapping) else list(kernels)
         if not each:
             raise ArgumentError(f"prior is an empty list; there are these kernels: {', '.join(KERNELS)}")
-        self.kernels = nn.ModuleList(_kernel(given) for given in each)
+        self.kernels = nn.ModuleList(named("kernel", given, KERNELS) for given in each)
 
     def forward(self, x: Tensor) -> Tensor:
         """The covariance of the values at inputs `… x n x features`, `… x n x n`."""
@@ -164,17 +165,6 @@ def fit_prior(model: Program, x: Tensor, y: Tensor, kernel: str = "rbf", ard: bo
     process = GaussianProcess(x.shape[-1], kernel, ard)
     found = maximize_evidence(process, (x - network.x_loc) / network.x_scale, (y - network.y_loc) / network.y_scale)
     return {"name": kernel, **{name: found.estimate[name].tolist() for name in ("variance", "lengthscale")}}
-
-
-def _kernel(given: Kernel) -> nn.Module:
-    options = {"name": given} if isinstance(given, str) else dict(given)
-    name = options.pop("name", None)
-    if name not in KERNELS:
-        raise unknown_name("kernel of a prior", name, KERNELS)
-    try:
-        return KERNELS[name](**options)
-    except TypeError as error:
-        raise ArgumentError(f"kernel {name!r} was given {options!r}: {error}") from error
 
 
 def require_network(model: Any, args: tuple[Any, ...]) -> Any:

@@ -65,10 +65,20 @@ def test_methods_classify(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["samples"] == {"map": 1, "ensemble": 5}.get(method, 50)
 
 
-def test_the_ways_of_the_speed_table_take_the_same_steps() -> None:
-    """They lower the same loss by the same estimator; here each only has to run and to learn."""
+def test_the_ways_of_the_speed_table_take_steps_on_the_same_loss() -> None:
+    """Of a linear network the losses fall, to values that are near each other."""
     x = torch.randn(20, 3)
-    arguments = ([3, 4, 1], 2, x, x[:, 0])
-    for make in (bnn_speed.by_pyro, bnn_speed.by_hand, lambda *given: bnn_speed.by_pyrovae(*given, compiled=False)):
+    arguments = ([3, 1], 20, x, x[:, 0])
+    first = {}
+    for make in (bnn_speed.by_pyro, bnn_speed.by_hand, by_eager):
         pyro.clear_param_store()
-        make(*arguments)()
+        torch.manual_seed(0)
+        run = make(*arguments)
+        losses = [float(loss) for _ in range(20) for loss in run()]
+        assert sum(losses[-40:]) < sum(losses[:40])
+        first[make] = sum(losses[-40:]) / 40
+    assert max(first.values()) < 2 * min(first.values())
+
+
+def by_eager(*arguments: Any) -> Any:
+    return bnn_speed.by_pyrovae(*arguments, compiled=False)

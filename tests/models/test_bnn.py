@@ -425,7 +425,7 @@ def test_intervals_cover_simulated_data() -> None:
 
     16 x 200 test points, correlated within a network: the standard deviation of a network's coverage, 3 %, makes that
     of their mean 0.8 %; the band of two points either side is 2.5 of these (false alarm 1 %, with another seed). The
-    noise is known; where it is learned, mean-field posteriors find more of it than there is (0.4), and cover 95 %.
+    noise is known; where it is learned, mean-field posteriors find more of it than there is, and cover too much.
     """
     members, n, new = 16, 500, 200
     noise = {"name": "normal", "scale": 0.3}

@@ -116,12 +116,24 @@ def execute(path: Path, smoke: bool = False) -> Any:
     return _tidied(notebook)
 
 
+# At the start of a kernel that is only to show that the notebook runs: steps are traced as ever, and torch runs the
+# graph, since Inductor would take ten seconds for each.
+_WITHOUT_INDUCTOR = """
+from pyrovae.training import graph
+graph._inductor = lambda made, *_: (made, None)
+del graph
+"""
+
+
 def _environment(smoke: bool, profile: str) -> dict[str, str]:
     """This environment, less what would change the outputs: another backend, the user's IPython start-up files."""
     environment = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", SMOKE)}
     environment["IPYTHONDIR"] = profile
     if smoke:
         environment[SMOKE] = "1"
+        startup = Path(profile) / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "00-smoke.py").write_text(_WITHOUT_INDUCTOR)
     return environment
 
 

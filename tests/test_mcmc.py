@@ -164,7 +164,7 @@ def test_the_last_layer_of_a_network_has_its_exact_predictions():
     by_nuts = pyrovae.predict(model, draws, new)
     guide = FullRank(model)
     objective = pyrovae.ELBO(particles=8, gradient="stl")
-    fit = {"epochs": 2000, "batch_size": 30, "lr": 0.03, "schedule": "cosine", "compile": False, "progress": False}
+    fit = {"epochs": 1000, "batch_size": 30, "lr": 0.1, "schedule": "cosine", "compile": False, "progress": False}
     model.requires_grad_(False)  # the hidden layer is not to be learned here
     pyrovae.fit(model, guide, (x, y), objective=objective, **fit)
     by_guide = pyrovae.predict(model, guide, new, samples=4000)

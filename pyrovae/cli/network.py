@@ -31,7 +31,8 @@ def network_scores(
 
     Args:
         folder: of the run.
-        data: a data set with labels, ``uci/…`` (its split 0) or a table; ``None`` for the data set that the run names.
+        data: a data set with labels, ``uci/…`` (its split 0) or a table, whose columns are what they were in training;
+            ``None`` for the data that the run names.
         split: ``"test"``, ``"validation"`` or ``"train"``; a table is scored as a whole.
         which: parameters to load.
         seed: of the posterior draws.
@@ -46,8 +47,9 @@ def network_scores(
     from pyrovae.modes import device_of
     from pyrovae.training import checkpoint
 
-    config = checkpoint.read_json(folder / checkpoint.CONFIG)
-    x, y, said = _held_out(folder, data or config["data"].get("name"), split)
+    trained_on = checkpoint.read_json(folder / checkpoint.CONFIG)["data"]
+    roles = {role: trained_on.get(role) for role in ("response", "inputs")}
+    x, y, said = _held_out(folder, data or trained_on.get("name"), split, roles)
     run = pyrovae.load(folder, which=which, example=(x[:2], y[:2]), device=device)  # type: ignore[arg-type]
     place = device_of(run.model, run.guide)
     prediction = pyrovae.predict(run.model, run.guide, x.to(place), samples=_SAMPLES, seed=seed)
@@ -58,8 +60,8 @@ def network_scores(
     return head | numbers, f"{said}: {scores}"
 
 
-def _held_out(folder: Path, name: str | None, split: str) -> tuple[Tensor, Tensor, str]:
-    """Inputs, targets, and what they are."""
+def _held_out(folder: Path, name: str | None, split: str, roles: dict[str, Any]) -> tuple[Tensor, Tensor, str]:
+    """Inputs, targets, and what they are; of a table, by the roles of its columns."""
     from pyrovae import datasets, tabular
     from pyrovae.cli.task import table_of
     from pyrovae.errors import ArgumentError
@@ -75,7 +77,7 @@ def _held_out(folder: Path, name: str | None, split: str) -> tuple[Tensor, Tenso
             raise ArgumentError(f"--split is validation, and {name} has training and test parts; give train or test")
         return *(train if split == "train" else test), f"{name}, split 0, {split} part"
     if name not in datasets.names():
-        prepared = tabular.prepare("BNN", table_of(name, "BNN"))
+        prepared = tabular.prepare("BNN", table_of(name, "BNN"), **roles)
         x, y = prepared.data
         return x, y, f"{name}, all rows, {prepared.used}"
     splits = datasets.load(name, binarization="none")

@@ -107,12 +107,17 @@ def data_of(run: Run, name: str | None = None, binarization: str | None = None) 
         binarization: of the data; ``None`` for the run's own.
 
     Raises:
-        ArgumentError: the run does not name its data, or there is no such data set.
+        ArgumentError: the run does not name its data, or is of a table, or there is no such data set.
     """
     from pyrovae import datasets
     from pyrovae.errors import ArgumentError
 
     said = run.config.get("data") or {}
+    if name is None and "response" in said:
+        raise ArgumentError(
+            f"the run in {run.folder} is of the table {said['name']}, which has no splits; pyrovae train has printed"
+            " its posterior, and pyrovae.evaluation.posterior_summary does so for a run that is loaded"
+        )
     name = name or said.get("name")
     if not name:
         allowed = ", ".join(datasets.names())

@@ -39,6 +39,12 @@ class Columns:
         named = {"--response": self.response, "--inputs": self.inputs, "--group": self.groups}
         return [name for name, value in named.items() if value]
 
+    @property
+    def roles(self) -> dict[str, Any]:
+        """The same as ``tabular.prepare`` takes it."""
+        inputs = None if self.inputs is None else [name.strip() for name in self.inputs.split(",")]
+        return {"response": self.response, "inputs": inputs, "groups": list(self.groups)}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -59,7 +65,9 @@ class Task:
     @property
     def whole(self) -> tuple[Tensor, ...]:
         """The tensors of a table, which are one minibatch; empty for other data."""
-        return self.train if isinstance(self.train, tuple) else ()
+        from pyrovae.training.data import Described
+
+        return self.train.tensors if isinstance(self.train, Described) else ()
 
 
 def task_for(
@@ -88,6 +96,7 @@ def task_for(
     """
     from pyrovae import datasets, registry, tabular
     from pyrovae.errors import ArgumentError
+    from pyrovae.training.data import Described
 
     columns = Columns() if columns is None else columns
     takes = inspect.signature(registry.MODELS[name]).parameters
@@ -101,11 +110,9 @@ def task_for(
         if binarization is not None:
             raise ArgumentError(f"--binarization is {binarization!r}, but {name} is of a table; leave it out")
         _require_arguments(name, given)
-        inputs = None if columns.inputs is None else [name.strip() for name in columns.inputs.split(",")]
-        prepared = tabular.prepare(
-            name, table_of(data, name), response=columns.response, inputs=inputs, groups=columns.groups, **given
-        )
-        return Task(prepared.model, prepared.data, used=prepared.used)
+        roles = columns.roles
+        prepared = tabular.prepare(name, table_of(data, name), **roles, **given)
+        return Task(prepared.model, Described(prepared.data, {"name": data} | roles), used=prepared.used)
     if columns.given:
         raise ArgumentError(f"{columns.given[0]} is for tables, and {name} is not fitted to one here; leave it out")
     splits = datasets.load(data, binarization=binarization)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pyrovae.datasets import LabelledSplit, Split
 from pyrovae.errors import ArgumentError, DataError, require_count
 
-__all__ = ["Batches", "Data", "Key", "Resident", "batches", "key_of"]
+__all__ = ["Batches", "Data", "Described", "Key", "Resident", "batches", "key_of"]
 
 Data = Tensor | Sequence[Tensor] | Split | Dataset | DataLoader
 
@@ -59,25 +59,39 @@ class Batches(ABC):
         return {"size": self.size}
 
 
+class Described(TensorDataset):
+    """Tensors, and what ``data`` in a run's ``config.json`` says of them.
+
+    Args:
+        tensors: with the same first dimension, the data points.
+        said: by name; plain values.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], said: dict[str, Any]) -> None:
+        super().__init__(*tensors)
+        self.said = said
+
+
 class Resident(Batches):
     """Tensors on the device, gathered there.
 
     Args:
         tensors: with the same first dimension, the data points.
-        split: whose ``draw`` makes the first of a minibatch's tensors, anew at every minibatch where it is binarized
-            dynamically; ``None`` for tensors as they are.
+        data: what they were made of. The ``draw`` of a split makes the first of a minibatch's tensors, anew at every
+            minibatch where it is binarized dynamically; others stay as they are.
         batch_size: data points of each minibatch but the last of an epoch, which has what remains.
         device: where the tensors are put.
         seed: of the order of each epoch; ``None`` keeps the order.
     """
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], split: Split | None, batch_size: int, device: torch.device, seed: int | None
+        self, tensors: tuple[Tensor, ...], data: Data, batch_size: int, device: torch.device, seed: int | None
     ) -> None:
         size = len(tensors[0])
         super().__init__(size, -(-size // batch_size))
         self.tensors = tuple(tensor.to(device) for tensor in tensors)
-        self.split = split
+        self.split = data if isinstance(data, Split) else None
+        self.said = data.said if isinstance(data, Described) else {}
         self.batch_size = batch_size
         self.seed = seed
 
@@ -112,7 +126,7 @@ class Resident(Batches):
 
     def describe(self) -> dict[str, Any]:
         shapes = [list(tensor.shape[1:]) for tensor in self.tensors]
-        said: dict[str, Any] = {"size": self.size, "event_shapes": shapes}
+        said: dict[str, Any] = {"size": self.size, "event_shapes": shapes} | self.said
         if self.split is not None:
             said |= {"name": self.split.name, "binarization": self.split.binarization}
         if isinstance(self.split, LabelledSplit):
@@ -194,11 +208,10 @@ def batches(
                 f"{name} gives no minibatch: its batch_size is above its {source.size} data points (drop_last)"
             )
     else:
-        split = data if isinstance(data, Split) else None
         tensors = _tensors(data, name)
         if tensors is not None:
             _check_tensors(tensors, name)
-            source = Resident(tensors, split, batch_size or 100, device, seed)
+            source = Resident(tensors, data, batch_size or 100, device, seed)
         elif isinstance(data, Dataset):
             _length(data, name)
             source = _Seeded(data, batch_size or 100, device, seed)

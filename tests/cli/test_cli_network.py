@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_helpers import answer, complaint, succeed
+
+import pyrovae
 
 
 @pytest.fixture
@@ -24,16 +27,36 @@ def test_a_table_is_fitted_and_scored(table: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     said = answer("train", "BNN", "--data", table, "--epochs", 300, "--lr", 0.02, "--quiet", "--run-dir", folder)
     assert said["columns"] == "y on a, b, normal"
-    found = answer("evaluate", folder, "--data", table)
+    found = answer("evaluate", folder)
+    assert found == answer("evaluate", folder, "--data", table)
     assert found["rmse"] < 1.0 < np.std(np.loadtxt(table, delimiter=",", skiprows=1)[:, 2])
     assert found["points"] == 80
-    assert "RMSE" in succeed("evaluate", folder, "--data", table)
-    assert "does not name its data" in complaint("evaluate", folder)
+    assert "RMSE" in succeed("evaluate", folder)
     assert "has no latent space to sample" in complaint("sample", folder)
     assert "which has no latent space to sample" in complaint("report", folder)
     other = tmp_path / "other.csv"
     other.write_text("a,b,c,y\n" + "\n".join("1,2,3,4" for _ in range(5)))
     assert "standardised to inputs of 2 columns" in complaint("evaluate", folder, "--data", other)
+
+
+def test_columns_are_what_they_were_in_training(table: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    roles = ("--response", "a", "--inputs", "b,y")
+    answer("train", "BNN", "--data", table, *roles, "--epochs", 2, "--quiet", "--run-dir", folder)
+    assert "a on b, y, normal" in succeed("evaluate", folder)
+    swapped = tmp_path / "swapped.csv"
+    swapped.write_text("y,a,b\n1,2,3\n4,5,6\n")
+    assert answer("evaluate", folder, "--data", swapped)["data"].endswith("a on b, y, normal")
+    without = tmp_path / "without.csv"
+    without.write_text("b,y\n1,2\n3,4\n")
+    assert "'a'" in complaint("evaluate", folder, "--data", without)
+
+
+def test_a_run_of_tensors_does_not_name_its_data(tmp_path: Path) -> None:
+    model = pyrovae.models.BNN([2, 3, 1], num_data=20)
+    data = torch.randn(20, 2), torch.randn(20)
+    pyrovae.fit(model, pyrovae.guides.MeanField(model), data, epochs=1, run_dir=tmp_path / "run", progress=False)
+    assert "does not name its data" in complaint("evaluate", tmp_path / "run")
 
 
 def test_images_are_classified(tmp_path: Path) -> None:
@@ -57,6 +80,6 @@ def test_uci_is_split_as_published(tmp_path: Path) -> None:
         pytest.skip(str(error))
     folder = tmp_path / "run"
     answer("train", "BNN", "--data", "uci/yacht", "--epochs", 5, "--quiet", "--run-dir", folder)
-    assert answer("evaluate", folder, "--data", "uci/yacht")["points"] == 31
-    assert answer("evaluate", folder, "--data", "uci/yacht", "--split", "train")["points"] == 277
-    assert "give train or test" in complaint("evaluate", folder, "--data", "uci/yacht", "--split", "validation")
+    assert answer("evaluate", folder)["points"] == 31
+    assert answer("evaluate", folder, "--split", "train")["points"] == 277
+    assert "give train or test" in complaint("evaluate", folder, "--split", "validation")

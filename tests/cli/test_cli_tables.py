@@ -105,6 +105,12 @@ def test_columns_mean_what_they_say(table: Path, tmp_path: Path) -> None:
     assert "means[1, 1]" in text
 
 
+def test_a_table_has_no_splits_to_evaluate(table: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed("train", "DeepKalmanFilter", "--data", table, "--inputs", "a,b", "--epochs", 1, "--quiet", "--run-dir", run)
+    assert "is of the table" in complaint("evaluate", run)
+
+
 def test_an_array_is_a_table_and_a_batch_of_series(tmp_path: Path) -> None:
     np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(30, 2)))
     path = tmp_path / "points.npy"

@@ -549,10 +549,11 @@ def test_a_flow_fits_a_mixture_that_no_single_von_mises_fisher_fits():
         pyro.module("flow", flow)
         pyro.sample("z", flow())
 
-    optimizer = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.05 ** (1 / 800)})
+    optimizer = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.05 ** (1 / 500)})
     svi = pyrovae.SVI(model, guide, optimizer, pyrovae.ELBO(256, gradient="pathwise"), compile=False)
-    for _ in range(800):
-        svi.step()
+    with pyro.validation_enabled(False):
+        for _ in range(500):
+            svi.step()
     assert kl_by_quadrature(flow(), target) < 0.2  # nats; 0.11 where this was written
     assert best_single_kl(target) > 0.6
 

@@ -278,10 +278,10 @@ def banana() -> None:
     pyro.sample("b", dist.Normal(a.square() / 2, 0.5))
 
 
-def fitted_bound(target: Callable[[], None], guide: Any, steps: int = 1_500) -> tuple[float, float]:
+def fitted_bound(target: Callable[[], None], guide: Any, steps: int = 1_000) -> tuple[float, float]:
     """The ELBO (minus the KL, since the targets are normalized) after a fit, and its standard error, in nats."""
     objective = pyrovae.ELBO(particles=32)
-    with local_params(guide):
+    with local_params(guide), pyro.validation_enabled(False):
         objective.differentiable_loss(target, guide)
         optimizer = torch.optim.Adam(guide.parameters(), 0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -321,7 +321,8 @@ def test_flows_fit_what_no_gaussian_does(
     """By the margin in nats; mean-field stays 1.2 (funnel) and 0.8 (banana) nats below the optimum, which is 0."""
     program, mean_field = target
     hidden = {} if name in ("planar", "radial", "sylvester") else {"hidden": (32,)}
-    bound, error = fitted_bound(program, Flow(program, name, depth, **hidden))
+    steps = 1_500 if name == "maf" else 1_000  # it learns slowly
+    bound, error = fitted_bound(program, Flow(program, name, depth, **hidden), steps)
     assert bound > mean_field + margin + 4 * error  # a false alarm once in 30 000 seeds, given the fit
     assert bound < 4 * error
 

@@ -618,7 +618,7 @@ def test_on_digits_a_richer_family_has_the_higher_bound():
         "full-rank": AmortizedFullRank(model),
         "iaf": AmortizedFlow(model, depth=2, context=16),
     }.items():
-        fit(model, guide, train, 1000, lr=5e-3)
+        fit(model, guide, train, 500, lr=5e-3)
         with torch.no_grad(), local_params(model, guide):
             bounds[name] = pyrovae.log_weights(model, guide, test, particles=200).log_w.mean(0)
     for name in ("full-rank", "iaf"):

@@ -422,7 +422,7 @@ def test_posterior_is_near_the_gaussian_process_away_from_the_data_too():
         model = BNN([1, 20, 1], likelihood={"name": "normal", "scale": noise}, activation="tanh")
         guide = guide_of(model)
         pyrovae.fit(
-            model, guide, (x, y), objective=objective, epochs=1500, batch_size=10, lr=3e-2, schedule="cosine",
+            model, guide, (x, y), objective=objective, epochs=800, batch_size=10, lr=3e-2, schedule="cosine",
             compile=False, progress=False,
         )  # fmt: skip
         prediction = pyrovae.predict(model, guide, test, samples=1000)

@@ -123,7 +123,7 @@ def test_in_double_precision_both_agree_to_double_precision() -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_compiles(name: str, request: pytest.FixtureRequest) -> None:
     """Those whose operators others have too are traced."""
-    if name in ("jvi", "renyi", "tvo", "free bits", "analytic with warm-up", "stl"):
+    if name not in ("score", "dreg", "rws"):
         request.getfixturevalue("traced")
     assert_close(*both(objective=OBJECTIVES[name], epochs=10))
 
@@ -131,8 +131,8 @@ def test_every_objective_compiles(name: str, request: pytest.FixtureRequest) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_compiles(name: str, request: pytest.FixtureRequest) -> None:
-    """Variants of Adam, but for itself, are traced."""
-    if name in ("adamw", "adamax", "nadam", "radam"):
+    """Adam by Inductor, which compiles SGD elsewhere here; the others are traced."""
+    if name != "adam":
         request.getfixturevalue("traced")
     assert_close(*both(optimizer=name, epochs=10, **OPTIMIZERS[name]))
 
@@ -147,6 +147,7 @@ def test_discrete_codes_and_batch_norm_compile(programs: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_the_last_partial_minibatch_has_a_graph_of_its_own() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -163,6 +164,7 @@ def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_validation_is_compiled_too_with_the_same_draws_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     """The first minibatch's shape by a graph, the smaller last one eagerly."""
     settings: dict[str, Any] = {"validation": binary(20, seed=2), "early_stopping": 9}
@@ -175,6 +177,7 @@ def test_validation_is_compiled_too_with_the_same_draws_and_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_auto_compiles_validation_once_it_has_cost_as_much(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,6 +239,7 @@ class Measuring(Edge):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_a_skipped_update_leaves_buffers_and_the_schedule_where_they_were(tmp_path: Path) -> None:
     """So that a run goes on from the last good parameters as if it had stopped there, once the data are mended."""
     x = torch.randn(48, generator=seeded(0))

@@ -96,7 +96,10 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_losses_are_pyros(name: str) -> None:
+def test_the_losses_are_pyros(name: str, request: pytest.FixtureRequest) -> None:
+    """Those whose operators others have too are traced."""
+    if name not in ("plain functions", "AutoMultivariateNormal", "subsampled plate"):
+        request.getfixturevalue("traced")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs eagerly")
         ours = losses(pyrovae.SVI, *CASES[name], steps=100)
@@ -104,6 +107,7 @@ def test_the_losses_are_pyros(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_modules_arguments_of_several_shapes_and_evaluation() -> None:
     """A graph for each shape, and for each argument that is no tensor; the loss is evaluated as Pyro does."""
 
@@ -187,6 +191,7 @@ def normal_guide(x: Tensor) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_a_number_that_the_model_holds_gets_a_graph_for_each_value() -> None:
     def run(cls: Any) -> list[float]:
         pyro.clear_param_store()
@@ -203,6 +208,7 @@ def test_a_number_that_the_model_holds_gets_a_graph_for_each_value() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_a_number_that_changes_all_the_time_ends_the_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
     annealed = Annealed()

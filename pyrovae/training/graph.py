@@ -25,8 +25,11 @@ import pyro
 import torch
 from pyro.infer.util import torch_item
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyrovae.errors import CompilationError
 from pyrovae.training.native import native
@@ -218,7 +221,7 @@ def _trace(
         counts.append(len(results))
         return [*results, *gradients]
 
-    with pyro.validation_enabled(False), _no_host_values():
+    with pyro.validation_enabled(False), _no_host_values(), _one_fake_mode(allow_fallback_kernels=True):
         graph = make_fx(flat)(*copies, *state)
     lifted: list[Tensor] = []
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
@@ -323,7 +326,8 @@ def _inductor(
                 node.meta.clear()  # fake tensors of the trace, which Inductor would take for its own
             recording = library.recording() if library is not None and repeats else contextlib.nullcontext()
             patches = library.options if library is not None else None
-            with recording as loop, _cacheable():
+            # With it, Inductor's cache knows that all shapes of the graph are fixed.
+            with recording as loop, _one_fake_mode(shape_env=ShapeEnv(), static_shapes=True):
                 run: Any = compile_fx(
                     graph, [tensor.detach() for tensor in inputs], config_patches=patches, ignore_shape_env=True
                 )
@@ -331,13 +335,9 @@ def _inductor(
 
 
 @contextlib.contextmanager
-def _cacheable() -> Iterator[None]:
-    """What Inductor's cache wants to know of a graph whose shapes are all fixed."""
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):
+def _one_fake_mode(**options: Any) -> Iterator[None]:
+    """Within the block, torch describes values by tensors of one fake mode, and does not make one for each of them."""
+    with tracing(TracingContext(FakeTensorMode(**options))):
         yield
 
 

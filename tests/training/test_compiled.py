@@ -26,6 +26,7 @@ from fit_helpers import (
 from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import pyrovae
 from pyrovae.errors import CompilationError, NonFiniteError
@@ -364,6 +365,16 @@ def test_a_wrong_gradient_is_found_as_well() -> None:
 
     with pytest.raises(CompilationError, match=r"the gradient is off by 0.0\d+ of its norm"):
         compile_function(slope, [torch.ones(3)], [torch.zeros(3)])
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_trace_describes_all_its_values_by_one_fake_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each value, as torch makes them by itself, would take most of the time of tracing."""
+    made = []
+    start = FakeTensorMode.__init__
+    monkeypatch.setattr(FakeTensorMode, "__init__", lambda self, **options: (made.append(1), start(self, **options))[1])
+    compile_function(lambda x: ([x.sin().cos().exp().sum()], []), [torch.ones(3)], [])
+    assert len(made) == 2  # one for each of the two traces
 
 
 # ---------------------------------------------------------------------------------------------------------

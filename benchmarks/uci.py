@@ -25,8 +25,8 @@ from pyrovae.models import BNN
 RESULTS = Path("benchmarks/results")
 HIDDEN, RATE, STEPS, BATCH, SAMPLES = 50, 1e-2, 3000, 1000, 200
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"init_scale": 0.01, "scale": 1.0},
     {"init_scale": 0.003, "scale": 1.0},
+    {"init_scale": 0.003, "scale": "fan-in"},
 )
 
 # Test RMSE and log-likelihood, mean over the same splits, ± standard error unless it says so.

@@ -31,11 +31,20 @@ def skip_without_cuda(request: pytest.FixtureRequest) -> None:
         pytest.skip("needs a CUDA device")
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are traced, and compared with the eager ones as ever, but torch runs the graph.
+_INDUCTOR = graph._inductor
 
-    Whether a step has a static structure and does what the eager one does shows there. Inductor takes seconds for each
-    graph, so that it compiles some of each kind.
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps are traced, and compared with the eager ones as ever, but torch runs the graph.
+
+    Whether a step has a static structure and does what the eager one does shows there. Inductor takes ten seconds for a
+    graph, so that it compiles some of each kind: in tests that ask for ``inductor``.
     """
     monkeypatch.setattr(graph, "_inductor", lambda made, inputs, device, repeats: (made, None))
+
+
+@pytest.fixture
+def inductor(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps go through Inductor, as a user's do."""
+    monkeypatch.setattr(graph, "_inductor", _INDUCTOR)

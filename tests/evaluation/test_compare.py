@@ -144,7 +144,6 @@ def test_guides_of_local_latents_are_compared_per_data_point(on):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_compiled_fits_give_the_same_table():
     eager, compiled = (
         compare_guides(target, (), [AutoMultivariateNormal], steps=100, compile=compile) for compile in (False, True)

@@ -165,6 +165,7 @@ def test_effective_sample_size_of_a_result_is_that_of_its_weights(ppca):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_a_compiled_evaluation_draws_the_same_particles(ppca, monkeypatch):
     """Full chunks by the graph, more than ten, the last one eagerly; a second, smaller minibatch has its own graph."""
     model, guide, x = ppca

@@ -295,8 +295,8 @@ def test_float64(case: Case) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(COMPILED_ELSEWHERE)])
 def test_compiled_steps_are_the_eager_ones(name: str, request: pytest.FixtureRequest) -> None:
     """Losses and parameters; a step that falls back to the eager one fails here, as a warning."""
-    if not name.startswith(BY_INDUCTOR):
-        request.getfixturevalue("traced")
+    if name.startswith(BY_INDUCTOR):
+        request.getfixturevalue("inductor")
     losses, ends = [], []
     for compile in (False, True):
         pyro.clear_param_store()

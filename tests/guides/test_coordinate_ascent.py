@@ -376,7 +376,6 @@ def test_bad_arguments_are_named(call, error, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-@pytest.mark.usefixtures("traced")
 def test_compiled_steps_equal_eager_steps(covariance):
     model = GaussianMixture(2, 2, covariance, concentration=2.0)
     x = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))

@@ -598,8 +598,8 @@ def compiled_joint():
     ids=["full-rank", "iaf", "planar", "joint"],
 )
 def test_compiled_steps_are_the_eager_ones(build, request):
-    if "iaf" not in request.node.name:
-        request.getfixturevalue("traced")
+    if "iaf" in request.node.name:
+        request.getfixturevalue("inductor")
     assert svi(True, build) == pytest.approx(svi(False, build), rel=1e-4)
 
 

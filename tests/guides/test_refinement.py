@@ -216,8 +216,8 @@ def svi(compile, differentiate):
 @pytest.mark.slow
 @pytest.mark.parametrize("differentiate", [True, False])
 def test_compiled_steps_are_the_eager_ones(differentiate, request):
-    if not differentiate:
-        request.getfixturevalue("traced")
+    if differentiate:
+        request.getfixturevalue("inductor")
     assert svi(True, differentiate) == pytest.approx(svi(False, differentiate), rel=1e-4)
 
 

@@ -305,6 +305,7 @@ def test_time_is_linear_in_the_length():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_compiled_steps_equal_eager_steps():
     model, y = chain(30), simulated(30).float()
 

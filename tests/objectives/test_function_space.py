@@ -359,11 +359,12 @@ def fitted(compile):
     return torch.tensor([row["bound"] for row in run.history])
 
 
-def test_the_step_has_a_static_structure(traced):
+def test_the_step_has_a_static_structure():
     torch.testing.assert_close(fitted(True), fitted(False), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_fit_compiles():
     torch.testing.assert_close(fitted(True), fitted(False), rtol=1e-3, atol=1e-3)
 

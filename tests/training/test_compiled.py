@@ -100,6 +100,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_a_compiled_fit_is_the_eager_one_over_100_steps() -> None:
     """Random numbers, the schedule and the clipping included; 34 epochs of 3 steps."""
     with warnings.catch_warnings():
@@ -110,6 +111,7 @@ def test_a_compiled_fit_is_the_eager_one_over_100_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_in_double_precision_both_agree_to_double_precision() -> None:
     """By SGD; torch computes Adam's bias correction from a step count in single precision, in a graph."""
     runs = []
@@ -123,23 +125,24 @@ def test_in_double_precision_both_agree_to_double_precision() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_compiles(name: str, request: pytest.FixtureRequest) -> None:
-    """Those whose operators others have too are traced."""
-    if name not in ("score", "dreg", "rws"):
-        request.getfixturevalue("traced")
+    """By Inductor, those whose operators others do not have."""
+    if name in ("dreg", "rws"):
+        request.getfixturevalue("inductor")
     assert_close(*both(objective=OBJECTIVES[name], epochs=10))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_compiles(name: str, request: pytest.FixtureRequest) -> None:
-    """Adam by Inductor, which compiles SGD elsewhere here; the others are traced."""
-    if name != "adam":
-        request.getfixturevalue("traced")
+    """Adam by Inductor, which compiles SGD elsewhere here."""
+    if name == "adam":
+        request.getfixturevalue("inductor")
     assert_close(*both(optimizer=name, epochs=10, **OPTIMIZERS[name]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("programs", [nets, normed])
+@pytest.mark.usefixtures("inductor")
 def test_discrete_codes_and_batch_norm_compile(programs: Any) -> None:
     gradient = {nets: lambda: pyrovae.IWAE(5, "vimco"), normed: lambda: pyrovae.ELBO()}[programs]
     eager, fast = both(programs=programs, objective=gradient, epochs=10)
@@ -148,7 +151,6 @@ def test_discrete_codes_and_batch_norm_compile(programs: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_the_last_partial_minibatch_has_a_graph_of_its_own() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -165,7 +167,6 @@ def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_validation_is_compiled_too_with_the_same_draws_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     """The first minibatch's shape by a graph, the smaller last one eagerly."""
     settings: dict[str, Any] = {"validation": binary(20, seed=2), "early_stopping": 9}
@@ -178,7 +179,6 @@ def test_validation_is_compiled_too_with_the_same_draws_and_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_auto_compiles_validation_once_it_has_cost_as_much(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,6 +208,7 @@ class Edge(PyroModule):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_an_update_that_is_not_finite_is_skipped_and_its_minibatch_named() -> None:
     """The bad data point is not in the first minibatch, which is validated."""
     x = torch.randn(24, generator=seeded(0))
@@ -240,7 +241,6 @@ class Measuring(Edge):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_a_skipped_update_leaves_buffers_and_the_schedule_where_they_were(tmp_path: Path) -> None:
     """So that a run goes on from the last good parameters as if it had stopped there, once the data are mended."""
     x = torch.randn(48, generator=seeded(0))
@@ -336,7 +336,6 @@ def test_numbers_that_differ_are_an_error_and_not_a_warning(monkeypatch: pytest.
             return [1.01 * out for out in results], gradients
 
     monkeypatch.setattr(graph, "Compiled", Wrong)
-    monkeypatch.setattr(graph, "_inductor", lambda traced, *_: (traced, None))
     with pytest.raises(CompilationError, match="differs from the eager one at the same draws: result 0 is"):
         fit(*vae(), binary(), compile=True)
 
@@ -367,7 +366,6 @@ def test_a_wrong_gradient_is_found_as_well() -> None:
         compile_function(slope, [torch.ones(3)], [torch.zeros(3)])
 
 
-@pytest.mark.usefixtures("traced")
 def test_a_trace_describes_all_its_values_by_one_fake_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each value, as torch makes them by itself, would take most of the time of tracing."""
     made = []
@@ -389,6 +387,7 @@ def test_auto_leaves_a_short_fit_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_auto_compiles_a_long_fit_says_so_and_resumes_alike(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

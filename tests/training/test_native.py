@@ -18,6 +18,7 @@ from pyrovae.training.graph import compile_function
 from pyrovae.training.native import native
 from pyrovae.training.passes import drop_known_comparisons, use_library
 
+pytestmark = pytest.mark.usefixtures("inductor")
 aten = torch.ops.aten
 
 

@@ -97,9 +97,9 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_are_pyros(name: str, request: pytest.FixtureRequest) -> None:
-    """Those whose operators others have too are traced."""
-    if name not in ("plain functions", "AutoMultivariateNormal", "subsampled plate"):
-        request.getfixturevalue("traced")
+    """By Inductor, those whose operators others do not have."""
+    if name in ("plain functions", "AutoMultivariateNormal", "subsampled plate"):
+        request.getfixturevalue("inductor")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs eagerly")
         ours = losses(pyrovae.SVI, *CASES[name], steps=100)
@@ -107,7 +107,6 @@ def test_the_losses_are_pyros(name: str, request: pytest.FixtureRequest) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_modules_arguments_of_several_shapes_and_evaluation() -> None:
     """A graph for each shape, and for each argument that is no tensor; the loss is evaluated as Pyro does."""
 
@@ -191,7 +190,6 @@ def normal_guide(x: Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_a_number_that_the_model_holds_gets_a_graph_for_each_value() -> None:
     def run(cls: Any) -> list[float]:
         pyro.clear_param_store()
@@ -208,7 +206,6 @@ def test_a_number_that_the_model_holds_gets_a_graph_for_each_value() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traced")
 def test_a_number_that_changes_all_the_time_ends_the_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
     annealed = Annealed()
@@ -271,6 +268,7 @@ def test_a_loss_that_is_not_a_number_is_warned_of_as_pyro_does() -> None:
 @pytest.mark.parametrize(
     "name", ["plain functions", pytest.param("AutoLowRank", marks=pytest.mark.slow), "subsampled plate"]
 )
+@pytest.mark.usefixtures("inductor")
 def test_many_steps_are_as_many_single_ones(name: str) -> None:
     """Of Pyro, at the same random numbers; other data and another learning rate between the calls."""
     programs, loss, optim = CASES[name]

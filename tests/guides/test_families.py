@@ -597,9 +597,7 @@ def compiled_joint():
     ],
     ids=["full-rank", "iaf", "planar", "joint"],
 )
-def test_compiled_steps_are_the_eager_ones(build, request):
-    if "iaf" in request.node.name:
-        request.getfixturevalue("inductor")
+def test_compiled_steps_are_the_eager_ones(build):
     assert svi(True, build) == pytest.approx(svi(False, build), rel=1e-4)
 
 

@@ -215,9 +215,7 @@ def svi(compile, differentiate):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("differentiate", [True, False])
-def test_compiled_steps_are_the_eager_ones(differentiate, request):
-    if differentiate:
-        request.getfixturevalue("inductor")
+def test_compiled_steps_are_the_eager_ones(differentiate):
     assert svi(True, differentiate) == pytest.approx(svi(False, differentiate), rel=1e-4)
 
 

@@ -85,9 +85,9 @@ CASES: dict[str, Case] = {
 }
 COMPILED_ELSEWHERE = ("VAE", "SphericalVAE", "SigmoidBeliefNet", "GrowthModel")
 """Those of tests/training and test_spherical_vae.py; GrowthModel's guide and loop are those of DeepKalmanFilter."""
-BY_INDUCTOR = ("DeepKalmanFilter", "StochasticVolatility", "SemiSupervisedVAE")
-"""Recurrent, by a custom operator, run under each class; the steps of others are traced (those of a BNN and of an
-Autoencoder go through Inductor in test_function_space.py and test_autoencoder.py)."""
+BY_INDUCTOR = ("StochasticVolatility", "SemiSupervisedVAE")
+"""By a custom operator, run under each class; the steps of others are traced (those of a BNN and of an Autoencoder go
+through Inductor in test_function_space.py and test_autoencoder.py). Recurrent ones take a minute each there."""
 LABELLED = ("ConditionalVAE", "SemiSupervisedVAE")  # whose label comes after the data
 CASES |= {
     name: Case(lambda name=name: getattr(models, name)(data_shape=(5,), latent_dim=2, classes=3, hidden=(8,)))

@@ -45,8 +45,8 @@ def test_scores_of_the_chosen_setting_are_taken_by_split() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mean-field", "mc-dropout", "ensemble"])
-def test_methods_classify(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", bnn_mnist.METHODS)
+def test_every_method_classifies(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On 4000 images; that the published settings are good is what the benchmark itself says."""
     try:
         data = datasets.load("mnist", binarization="none")

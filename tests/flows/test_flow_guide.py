@@ -305,23 +305,24 @@ def mean_field(target: Callable[[], None]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", [funnel, banana])
 @pytest.mark.parametrize(
-    ("target", "name", "depth", "margin"),
+    ("name", "depth", "margin"),
     [
-        (funnel, "planar", 8, 0.3),
-        (funnel, "sylvester", 4, 0.3),
-        (funnel, "maf", 2, 0.3),
-        (funnel, "spline", 2, 0.3),
-        (banana, "radial", 8, 0.1),
-        (banana, "planar", 8, 0.3),
-        (banana, "iaf", 2, 0.3),
-        (banana, "coupling", 2, 0.3),
+        ("planar", 8, 0.3),
+        ("radial", 8, 0.1),
+        ("sylvester", 4, 0.3),
+        ("iaf", 2, 0.3),
+        ("maf", 2, 0.3),
+        ("coupling", 2, 0.3),
+        ("spline", 2, 0.3),
     ],
 )
 def test_flows_fit_what_no_gaussian_does(target: Callable[[], None], name: str, depth: int, margin: float) -> None:
     """By the margin in nats; mean-field stays 1.2 (funnel) and 0.8 (banana) nats below the optimum, which is 0."""
     hidden = {} if name in ("planar", "radial", "sylvester") else {"hidden": (32,)}
-    bound, error = fitted_bound(target, Flow(target, name, depth, **hidden))
+    steps = 1_500 if name == "maf" else 1_000  # it learns slowly
+    bound, error = fitted_bound(target, Flow(target, name, depth, **hidden), steps)
     assert bound > mean_field(target) + margin + 4 * error  # a false alarm once in 30 000 seeds, given the fit
     assert bound < 4 * error
 

@@ -510,17 +510,17 @@ def test_fits_a_chain_exactly_and_better_than_any_mean_field():
 
 
 @pytest.mark.slow
-def test_fits_a_chain_of_fifty_steps_and_better_than_any_mean_field():
-    y = chain_data(50)
-    guide = ASVI(chain(50))
-    fit(chain(50), guide, y, steps=120, particles=2, lr=0.2)
-    elbo, error = bound(chain(50), guide, y)
+def test_fits_a_chain_of_a_hundred_steps_and_better_than_any_mean_field():
+    y = chain_data(100)
+    guide = ASVI(chain(100))
+    fit(chain(100), guide, y, steps=120, particles=2, lr=0.2)
+    elbo, error = bound(chain(100), guide, y)
     evidence = kalman_evidence(y)
-    # Measured: evidence -49.56, ASVI -49.78, best mean field -56.10.
+    # Measured: evidence -99.11, ASVI -99.34 (-99.13 after 200 steps at half the rate), best mean field -112.12.
     assert error < 0.03
     assert -0.4 < elbo - evidence < 0.1
-    assert elbo - (evidence - mean_field_gap(chain_precision(50))) > 6.0
-    assert sum(p.numel() for p in guide.parameters()) == 200
+    assert elbo - (evidence - mean_field_gap(chain_precision(100))) > 12.5
+    assert sum(p.numel() for p in guide.parameters()) == 400
 
 
 @pytest.mark.slow

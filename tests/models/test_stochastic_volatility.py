@@ -197,7 +197,7 @@ def test_parameters_are_recovered_at_the_nominal_rate():
 
     def log_likelihood(u):
         phi = 2 * u[:, 1].sigmoid() - 1
-        return model.log_likelihood(value["x"], u[:, 0], phi, (u[:, 2] / 2).exp(), points=100)
+        return model.log_likelihood(value["x"], u[:, 0], phi, (u[:, 2] / 2).exp(), points=150)
 
     def loss():
         search.zero_grad()
